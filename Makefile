@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+
+PYTHON ?= python3
+# Version of the base; empty is the default one: .venv. Any other: .venv-<version>.
+BASE ?=
+# The release on which the defect was reported, as far as a CPU has it.
+REPORTED_BASE := 0.22.1
+
+export HF_HUB_OFFLINE := 1
+export VLLM_CPU_KVCACHE_SPACE := 1
+
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test upstream-test wheel lint clean
+
+help:
+	@echo "make venv [BASE=x.y.z] | demo | test | upstream-test | wheel [BASE=x.y.z] | lint | clean"
+
+venv:
+	@$(PYTHON) -m overlay venv $(if $(BASE),--base $(BASE))
+
+demo: default-venv
+	.venv/bin/python -m demo
+
+test: default-venv
+	@$(PYTHON) -m overlay venv --base $(REPORTED_BASE)
+	.venv/bin/python -m pytest tests
+	.venv-$(REPORTED_BASE)/bin/python -m pytest tests/model_executor/model_loader/reload
+
+upstream-test: default-venv
+	.venv/bin/python -m tests.upstream
+
+wheel: default-venv
+	.venv/bin/python -m overlay build $(if $(BASE),--base $(BASE))
+
+lint: default-venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+.PHONY: default-venv
+default-venv:
+	@$(PYTHON) -m overlay venv

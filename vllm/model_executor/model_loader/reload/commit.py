@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Moving the results of processing into the storage that serves.
+
+CUDA graphs, kernels and closures hold addresses, so no tensor that serves is replaced:
+the live layer and its processed shadow are walked in pairs, and values are copied from
+one to the other. A `Commit` is prepared first, which changes nothing and refuses by
+name what cannot be paired; applying it cannot fail halfway for such a reason.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from .errors import Finding, WeightSyncError
+from .pristine import Shadow, ShadowPart
+
+__all__ = ["Commit", "prepare_commit"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, type)
+_PLAIN += (torch.dtype, torch.device, torch.Size, torch.memory_format)
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+@dataclass
+class Commit:
+    """Copies and assignments that put a processed layer into service."""
+
+    layer: str
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    assignments: list[Callable[[], Any]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for live, new in self.copies:
+            live.data.copy_(new.data)
+        for assign in self.assignments:
+            assign()
+
+
+def prepare_commit(layer: str, shadow: Shadow, keep: set[str]) -> Commit:
+    """Pair a processed shadow with the layer that serves.
+
+    Args:
+        layer: qualified name of the layer.
+        shadow: the processed shadow.
+        keep: names of buffers that processing did not change and the sync did not
+            write; they keep the values that serve.
+
+    Raises:
+        WeightSyncError: something the processing made has no counterpart to copy to.
+
+    """
+    pairing = _Pairing(Commit(layer))
+    for part in shadow.parts:
+        pairing.same[id(part.live), id(part.shadow)] = part.live
+    for part in shadow.parts:
+        pairing.pair_part(part, keep if part.shadow is shadow.layer else set())
+    return pairing.commit
+
+
+class _Pairing:
+    def __init__(self, commit: Commit):
+        self.commit = commit
+        self.same: dict[tuple[int, int], Any] = {}
+
+    def pair_part(self, part: ShadowPart, keep: set[str]) -> None:
+        """Pair the registered tensors, and the attributes that processing changed."""
+        live, new = vars(part.live), vars(part.shadow)
+        if isinstance(part.live, torch.nn.Module):
+            self._pair_tensors(part.live, new["_parameters"], set())
+            self._pair_tensors(part.live, new["_buffers"], keep)
+        for name, value in new.items():
+            if name in _REGISTRIES or not part.before.touched(name, value):
+                continue
+            assign = partial(setattr, part.live, name)
+            self._pair_item(live, name, value, assign, name)
+
+    def _pair_tensors(
+        self, live: torch.nn.Module, new: Mapping[str, Any], keep: set[str]
+    ) -> None:
+        for name, tensor in new.items():
+            if name in keep or tensor is None:
+                continue
+            serving = getattr(live, name, None)
+            if not isinstance(serving, torch.Tensor):
+                raise self._refuse(name, "processing made a tensor that does not serve")
+            self.pair(serving, tensor, name)
+
+    def pair(self, live: Any, new: Any, path: str) -> Any:
+        """What the owner of `live` should hold once `new` serves; plans the copies."""
+        if live is new:
+            return live
+        key = (id(live), id(new))
+        if key in self.same:
+            return self.same[key]
+        if isinstance(new, torch.Tensor) and isinstance(live, torch.Tensor):
+            self._copy(live, new, path)
+            return live
+        if isinstance(new, _PLAIN) or _owns_resource(new):
+            return new
+        if type(live) is not type(new):
+            if live is None or _is_function(new):
+                return new
+            kinds = f"{type(live).__name__} serves, processing made {type(new).__name__}"
+            raise self._refuse(path, kinds)
+        self.same[key] = live
+        return self._pair_containers(live, new, path)
+
+    def _pair_containers(self, live: Any, new: Any, path: str) -> Any:
+        if isinstance(new, dict):
+            for name, value in new.items():
+                assign = partial(live.__setitem__, name)
+                self._pair_item(live, name, value, assign, f"{path}[{name!r}]")
+            return live
+        if isinstance(new, list | tuple | set | frozenset):
+            return self._pair_sequence(live, new, path)
+        if isinstance(new, MethodType):
+            owner = self.pair(live.__self__, new.__self__, f"{path}.__self__")
+            return MethodType(new.__func__, owner)
+        if isinstance(new, partial):
+            for old, value in zip(live.args, new.args):
+                self.pair(old, value, f"{path}()")
+            self.pair(live.keywords, new.keywords, f"{path}()")
+            return live
+        if isinstance(new, FunctionType):
+            return self._pair_function(live, new, path)
+        return self._pair_object(live, new, path)
+
+    def _pair_sequence(self, live: Any, new: Any, path: str) -> Any:
+        if isinstance(new, set | frozenset) or len(live) != len(new):
+            if _holds_tensors(new):
+                raise self._refuse(path, f"{len(live)} entries serve, now {len(new)}")
+            return new
+        pairs = enumerate(zip(live, new))
+        paired = [self.pair(a, b, f"{path}[{i}]") for i, (a, b) in pairs]
+        if all(a is b for a, b in zip(live, paired)):
+            return live
+        make = getattr(type(new), "_make", type(new))  # a named tuple's constructor
+        return make(paired)
+
+    def _pair_function(self, live: FunctionType, new: FunctionType, path: str) -> Any:
+        if live.__code__ is not new.__code__:
+            return new
+        cells = zip(live.__closure__ or (), new.__closure__ or ())
+        for name, (old, cell) in zip(live.__code__.co_freevars, cells):
+            held = {name: old.cell_contents}
+            assign = partial(setattr, old, "cell_contents")
+            self._pair_item(held, name, cell.cell_contents, assign, f"{path}.{name}")
+        defaults = self.pair(live.__defaults__ or (), new.__defaults__ or (), path)
+        self._assign(partial(setattr, live, "__defaults__"), defaults or None)
+        return live
+
+    def _pair_object(self, live: Any, new: Any, path: str) -> Any:
+        fields = _fields(new)
+        if fields is None:
+            if callable(new):
+                return new
+            raise self._refuse(path, f"cannot look into a {type(new).__qualname__}")
+        held = _fields(live) or {}
+        for name, value in fields.items():
+            assign = partial(object.__setattr__, live, name)
+            self._pair_item(held, name, value, assign, f"{path}.{name}")
+        return live
+
+    def _pair_item(
+        self,
+        owner: Mapping[str, Any],
+        name: str,
+        value: Any,
+        assign: Callable[[Any], Any],
+        path: str,
+    ) -> None:
+        held = owner.get(name)
+        paired = self.pair(held, value, path)
+        if paired is not held or name not in owner:
+            self._assign(assign, paired)
+
+    def _assign(self, assign: Callable[[Any], Any], value: Any) -> None:
+        self.commit.assignments.append(partial(assign, value))
+
+    def _copy(self, live: torch.Tensor, new: torch.Tensor, path: str) -> None:
+        for what in ("shape", "dtype", "device"):
+            serving, came = getattr(live, what), getattr(new, what)
+            if serving != came:
+                raise self._refuse(path, f"{what} {serving} serves, now {came}")
+        if live.numel() and (live.data_ptr(), live.stride()) != (
+            new.data_ptr(),
+            new.stride(),
+        ):
+            self.commit.copies.append((live, new))
+
+    def _refuse(self, path: str, detail: str) -> WeightSyncError:
+        finding = Finding(self.commit.layer, path, detail)
+        summary = "weight sync cannot put a processed layer into service"
+        return WeightSyncError(summary, invalid=[finding])
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """Attributes of an object, or None if it does not show them."""
+    slots = [n for c in type(value).__mro__ for n in getattr(c, "__slots__", ())]
+    if not slots and not hasattr(value, "__dict__"):
+        return None
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**getattr(value, "__dict__", {}), **held}
+
+
+def _owns_resource(value: Any) -> bool:
+    """Objects that free something when they die are exchanged, never copied into."""
+    return hasattr(type(value), "__del__")
+
+
+def _holds_tensors(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in values)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Watching a model's first load, from its creation to the processing of its weights."""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from .ledger import Box, Ledger
+from .meta import capture_layer_to_meta
+from .pristine import PristineLayer
+from .recording import FirstLoad, RecordingLoader
+from .registry import get_layerwise_info
+from .scales import is_checkpoint_scale, is_scale
+from .staging import StagedLoader
+from .types import LayerReloadingInfo
+from .utils import get_layer_tensors, get_tensor_load_numel
+
+__all__ = ["finish_recording", "original_loader", "owed_by", "start_recording"]
+
+# Scales of activations, norms and the like: cheap to keep, and all that loaders read.
+_MAX_KEPT_BYTES = 1 << 14
+
+
+def original_loader(tensor: torch.Tensor) -> Callable:
+    """The weight loader of a tensor without what this package wraps around it."""
+    loader = getattr(tensor, "weight_loader", default_weight_loader)
+    while isinstance(loader, RecordingLoader | StagedLoader):
+        loader = loader.original
+    return loader
+
+
+def start_recording(model: torch.nn.Module) -> None:
+    """Note how the model was created, and from now on how its loaders are called."""
+    metas: dict[int, torch.Tensor] = {}
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        _capture(layer, info, metas)
+        for name, param in layer._parameters.items():
+            if param is not None:
+                _record(name, param, info.first_load.setdefault(name, FirstLoad()))
+
+
+def _capture(
+    layer: torch.nn.Module, info: LayerReloadingInfo, metas: dict[int, torch.Tensor]
+) -> None:
+    tensors = get_layer_tensors(layer)
+    params, buffers = capture_layer_to_meta(layer)
+    for name in params:  # a parameter tied to another layer's is one parameter
+        params[name] = metas.setdefault(id(tensors[name]), params[name])
+    info.restore_metadata = (params, buffers)
+    info.restore_device = torch.get_default_device()
+    info.pristine = PristineLayer(layer, tensors)
+    info.created = {
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in layer._parameters.items()
+        if tensor is not None and not tensor.is_meta and tensor.nbytes <= _MAX_KEPT_BYTES
+    }
+    info.first_load = {}
+
+
+def _record(name: str, param: torch.Tensor, first_load: FirstLoad) -> None:
+    loader = getattr(param, "weight_loader", default_weight_loader)
+    if loader is default_weight_loader:
+        # It fills the parameter; only scales of activations may be absent.
+        first_load.bypassed = is_checkpoint_scale(name) or not is_scale(name)
+    elif not isinstance(loader, RecordingLoader):
+        param.weight_loader = RecordingLoader(loader, first_load, param._version)
+
+
+def finish_recording(model: torch.nn.Module) -> bool:
+    """Stop watching; the model's loaders are as they were.
+
+    Returns:
+        Whether anything was loaded.
+
+    """
+    loaded = False
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        for name, tensor in get_layer_tensors(layer).items():
+            first_load = info.first_load.get(name, FirstLoad())
+            loader = getattr(tensor, "weight_loader", None)
+            if isinstance(loader, RecordingLoader):
+                loader.close(tensor._version)
+                tensor.weight_loader = loader.original
+            elif not first_load.seen and name in info.created:
+                first_load.bypassed = not _same(tensor, info.created[name])
+            loaded |= bool(first_load.calls)
+    return loaded
+
+
+def _same(tensor: torch.Tensor, created: torch.Tensor) -> bool:
+    return tensor.shape == created.shape and torch.equal(tensor.cpu(), created)
+
+
+def owed_by(
+    name: str, meta: torch.Tensor, first: FirstLoad, is_parameter: bool, known: bool
+) -> Ledger:
+    """What a sync owes of a tensor: what the first load wrote.
+
+    Where nothing was loaded before (dummy weights), all of a weight but its declared
+    padding, and every weight scale; never the scales of activations.
+
+    Args:
+        name: the tensor's name in its layer.
+        meta: the tensor in checkpoint format, on the meta device.
+        first: how the first load called its loader.
+        is_parameter: whether it is a parameter, not a buffer.
+        known: whether a first load was seen.
+
+    """
+    if first.boxes_written is None and first.calls:
+        first.boxes_written = first.boxes(original_loader(meta), meta)
+    if first.boxes_written is not None:
+        return Ledger(first.boxes_written)
+    loadable = is_parameter and (is_checkpoint_scale(name) or not is_scale(name))
+    if not (first.seen if known else loadable):
+        return Ledger([])
+    slack = meta.numel() - get_tensor_load_numel(meta)
+    return Ledger([Box.whole(meta.shape)], slack)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The public lifecycle of weight syncs, and its adapters to loaders of other kinds.
+
+    initialize_layerwise_reload(model)
+    for chunk in chunks:
+        model.load_weights(chunk)
+    finalize_layerwise_reload(model, model_config)
+
+Weights may also be processed while a model is first loaded (online quantisation):
+`initialize_online_processing` opens one layer, and `finalize_layerwise_processing`
+closes what the checkpoint left open.
+"""
+
+from collections.abc import Callable, Iterable
+from weakref import WeakSet
+
+import torch
+
+from vllm.config import ModelConfig
+from vllm.logger import init_logger
+
+from .first_load import finish_recording, original_loader, start_recording
+from .meta import SKIP_LOAD_TENSORS
+from .online import OnlineLoad
+from .processing import is_attention
+from .registry import LAYERWISE_INFO, get_layerwise_info
+from .status import ReloadStatus
+from .transaction import CommitPolicy, ModelReload, ReloadTransaction
+from .types import LayerReloadingInfo
+from .utils import get_info_size, get_layer_tensors, has_device_tensors
+
+__all__ = [
+    "LAYERWISE_INFO",
+    "LOADING_LAYERS",
+    "SKIP_LOAD_TENSORS",
+    "abort_layerwise_reload",
+    "finalize_layerwise_processing",
+    "finalize_layerwise_reload",
+    "finish_first_load",
+    "get_layerwise_info",
+    "initialize_layerwise_reload",
+    "initialize_online_processing",
+    "mark_dummy",
+    "mark_inconsistent",
+    "record_metadata_for_reloading",
+    "reload_status",
+]
+
+logger = init_logger(__name__)
+
+# For the warning about memory only.
+LOADING_LAYERS: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def record_metadata_for_reloading(model: torch.nn.Module) -> None:
+    """Note how `model` was created; call it before anything is loaded."""
+    start_recording(model)
+
+
+def finish_first_load(model: torch.nn.Module) -> None:
+    """Note that the first load is over; call it before weights are processed."""
+    loaded = finish_recording(model)
+    reload = _model_reload(model)
+    reload.first_loaded |= loaded
+
+
+def initialize_layerwise_reload(model: torch.nn.Module, exposed: bool = False) -> None:
+    """Open a sync of new weights in checkpoint format into `model`.
+
+    A sync that is still open is aborted.
+
+    Args:
+        model: the model, noted by `record_metadata_for_reloading`.
+        exposed: whether parameters shall show the staged tensors from now on, for
+            callers that drive their loaders and not `model.load_weights`.
+
+    Raises:
+        ValueError: VLLM_RELOAD_COMMIT names no commit policy.
+
+    """
+    model = _unwrapped(model)
+    reload = _model_reload(model)
+    if reload.transaction is not None:
+        if reload.transaction.is_open:
+            logger.warning("A weight sync was open and is aborted: another one starts.")
+        reload.transaction.abort("another weight sync was started")
+    finish_first_load(model)
+    policy = CommitPolicy.from_environment()
+    ReloadTransaction(model, reload, policy, exposed).open()
+
+
+def finalize_layerwise_reload(
+    model: torch.nn.Module, model_config: ModelConfig | None
+) -> None:
+    """Commit the open sync.
+
+    Raises:
+        WeightSyncError: it is incomplete or invalid, or was aborted. The old weights
+            serve on, or the model is inconsistent: see `reload_status`.
+
+    """
+    model = _unwrapped(model)
+    transaction = _model_reload(model).transaction
+    if transaction is not None:
+        transaction.finish(model_config)
+    finalize_layerwise_processing(model, model_config)
+
+
+def abort_layerwise_reload(model: torch.nn.Module, reason: str) -> None:
+    """Drop the open sync, if there is one."""
+    transaction = _model_reload(_unwrapped(model)).transaction
+    if transaction is not None:
+        transaction.abort(reason)
+
+
+def reload_status(model: torch.nn.Module) -> ReloadStatus:
+    """What can be said of the weights that `model` serves."""
+    return _model_reload(_unwrapped(model)).status
+
+
+def mark_inconsistent(model: torch.nn.Module, reason: str) -> None:
+    """Note that the weights of `model` were lost; the next sync owes all of them."""
+    reload = _model_reload(_unwrapped(model))
+    reload.lost, reload.dummy = reason, False
+
+
+def mark_dummy(model: torch.nn.Module) -> None:
+    """Note that `model` has dummy weights: it may run, and its first sync owes all."""
+    reload = _model_reload(_unwrapped(model))
+    reload.lost, reload.dummy = "dummy weights were never replaced", True
+
+
+def initialize_online_processing(layer: torch.nn.Module) -> None:
+    """Process `layer` as soon as a first load has brought all of its weights."""
+    info = get_layerwise_info(layer)
+    if info.staged is None:
+        OnlineLoad(layer, info, _note_open_layer).open()
+
+
+def finalize_layerwise_processing(
+    model: torch.nn.Module, model_config: ModelConfig | None
+) -> None:
+    """Process the layers that a first load left open, attention after the others."""
+    layers = [layer for layer in model.modules() if get_layerwise_info(layer).can_load()]
+    for layer in sorted(layers, key=is_attention):
+        staged = get_layerwise_info(layer).staged
+        if isinstance(staged, OnlineLoad):
+            staged.finish(model_config)
+    LOADING_LAYERS.clear()
+
+
+def _note_open_layer(layer: torch.nn.Module, values: Iterable[object]) -> None:
+    """Warn once, when a second layer is staged on the device beside the first."""
+    if layer in LOADING_LAYERS or not has_device_tensors(values):
+        return
+    LOADING_LAYERS.add(layer)
+    if len(LOADING_LAYERS) != 2:
+        return
+    held = sum(get_info_size(get_layerwise_info(each)) for each in LOADING_LAYERS)
+    kinds = sorted(type(each).__name__ for each in LOADING_LAYERS)
+    logger.warning_once(
+        "Staging %.1f MB of device memory for layers %s at once. Send the weights "
+        "layer by layer to need the memory of one.",
+        held / 1e6,
+        ", ".join(kinds),
+    )
+
+
+def _model_reload(model: torch.nn.Module) -> ModelReload:
+    info = get_layerwise_info(model)
+    if info.model is None:
+        info.model = ModelReload()
+    return info.model
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside a wrapper that captures or splits its forward pass."""
+    return model if isinstance(model, torch.nn.Module) else model.unwrap()
+
+
+# For engines that drive a layer's tensors themselves, see `exposed` above.
+
+
+def _get_original_loader(tensor: torch.Tensor) -> Callable:
+    return original_loader(tensor)
+
+
+def _place_kernel_tensors(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
+    """Register the tensors that serve again."""
+    assert info.kernel_tensors is not None
+    for name in get_layer_tensors(layer):
+        delattr(layer, name)
+    params, buffers = info.kernel_tensors
+    for name, param in params.items():
+        layer.register_parameter(name, param)
+    for name, buffer in buffers.items():
+        persistent = name not in info.kernel_non_persistent_buffers
+        layer.register_buffer(name, buffer, persistent=persistent)
+
+
+@torch.no_grad()
+def _copy_and_restore_kernel_tensors(
+    layer: torch.nn.Module, info: LayerReloadingInfo
+) -> None:
+    """Copy a layer's tensors into those that serve, and register these again."""
+    assert info.kernel_tensors is not None
+    params, buffers = info.kernel_tensors
+    transient = info.kernel_non_persistent_buffers
+    for name, kernel in {**params, **buffers}.items():
+        loaded = getattr(layer, name, None)
+        if name not in transient and loaded is not None and not loaded.is_meta:
+            kernel.data.copy_(loaded)
+    _place_kernel_tensors(layer, info)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Which regions of a tensor a sync still owes.
+
+A region is a box: a half-open interval of indices in each dimension. Writing a box
+twice changes nothing, so completion is coverage and never a count.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+__all__ = ["Box", "Ledger", "boxes_of_view"]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Indices `start[d] <= i < stop[d]` in each dimension d of a tensor."""
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Iterable[int]) -> "Box":
+        stop = tuple(shape)
+        return cls((0,) * len(stop), stop)
+
+    @property
+    def numel(self) -> int:
+        return prod(b - a for a, b in zip(self.start, self.stop))
+
+    def slices(self) -> tuple[slice, ...]:
+        """Index that selects this box from its tensor."""
+        return tuple(slice(a, b) for a, b in zip(self.start, self.stop))
+
+    def meets(self, other: "Box") -> bool:
+        """Whether the two boxes share an element."""
+        return all(
+            a < d and c < b
+            for a, b, c, d in zip(self.start, self.stop, other.start, other.stop)
+        )
+
+    def minus(self, other: "Box") -> Iterator["Box"]:
+        """Disjoint boxes that cover this box outside of `other`, which meets it.
+
+        Example: (0:4, 0:4) minus (1:2, 0:4) is (0:1, 0:4) and (2:4, 0:4).
+        """
+        start, stop = list(self.start), list(self.stop)
+        for d in range(len(start)):
+            if start[d] < other.start[d]:
+                yield Box(tuple(start), (*stop[:d], other.start[d], *stop[d + 1 :]))
+                start[d] = other.start[d]
+            if other.stop[d] < stop[d]:
+                yield Box((*start[:d], other.stop[d], *start[d + 1 :]), tuple(stop))
+                stop[d] = other.stop[d]
+
+
+class Ledger:
+    """The boxes of one tensor that are owed and not yet written.
+
+    Boxes of a tensor of three or more dimensions are kept by their index in the first
+    dimension, the expert: a write then looks only at its own expert's boxes.
+
+    Args:
+        owed: boxes to be written, possibly overlapping.
+        slack: elements that may stay unwritten, for padding that is known by its
+            size only (`weight_loader_numel`).
+
+    """
+
+    def __init__(self, owed: Iterable[Box], slack: int = 0):
+        self._slack = slack
+        self._open: dict[int, list[Box]] = {}
+        self._owed_numel = 0
+        for box in owed:
+            for lane, part in _lanes(box):
+                self._owe(lane, part)
+        self._total = self._owed_numel
+
+    def _owe(self, lane: int, box: Box) -> None:
+        fresh = [box]
+        for known in self._open.get(lane, ()):
+            fresh = [p for f in fresh for p in (f.minus(known) if f.meets(known) else [f])]
+        self._open.setdefault(lane, []).extend(fresh)
+        self._owed_numel += sum(part.numel for part in fresh)
+
+    def write(self, box: Box) -> None:
+        """Note that every element of `box` was written."""
+        for lane, part in _lanes(box):
+            boxes = self._open.get(lane)
+            if not boxes:
+                continue
+            left: list[Box] = []
+            for owed in boxes:
+                if owed.meets(part):
+                    rest = list(owed.minus(part))
+                    self._owed_numel -= owed.numel - sum(b.numel for b in rest)
+                    left += rest
+                else:
+                    left.append(owed)
+            self._open[lane] = left
+
+    def covers(self, tensor: torch.Tensor) -> bool:
+        """Whether, once complete, every element of `tensor` was written."""
+        return not self._slack and self._total == tensor.numel()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever owed."""
+        return self._total == 0
+
+    @property
+    def complete(self) -> bool:
+        return self._owed_numel <= self._slack
+
+    def missing(self) -> list[Box]:
+        """Boxes not yet written, in ascending order; empty when complete."""
+        if self.complete:
+            return []
+        boxes = (box for lane in self._open.values() for box in lane)
+        return sorted(boxes, key=lambda box: box.start)
+
+
+def _lanes(box: Box) -> Iterator[tuple[int, Box]]:
+    if len(box.start) < 3:
+        yield 0, box
+        return
+    for lane in range(box.start[0], box.stop[0]):
+        yield lane, Box((lane, *box.start[1:]), (lane + 1, *box.stop[1:]))
+
+
+def boxes_of_view(view: torch.Tensor, owner: torch.Tensor) -> list[Box]:
+    """Boxes of `owner` that `view`, a view of its storage, addresses.
+
+    Example: for an owner of shape (4, 6), `owner[1:3]` is (1:3, 0:6) and
+    `owner.view(-1)[3:9]` is (0:1, 3:6) and (1:2, 0:3).
+    """
+    if view.numel() == 0:
+        return []
+    offset = view.storage_offset() - owner.storage_offset()
+    runs = [(s, n) for s, n in zip(view.stride(), view.shape) if n > 1]
+    if owner.is_contiguous() and len(runs) == 1 and runs[0][0] == 1:
+        return _boxes_of_interval(offset, offset + runs[0][1], tuple(owner.shape))
+    box = _box_of_runs(offset, runs, owner)
+    if box is not None:
+        return [box]
+    # Stepped in its longest-striding dimension: take its steps one by one.
+    dim = max(range(view.dim()), key=lambda d: (view.shape[d] > 1, view.stride(d)))
+    return [box for step in view.unbind(dim) for box in boxes_of_view(step, owner)]
+
+
+def _box_of_runs(
+    offset: int, runs: list[tuple[int, int]], owner: torch.Tensor
+) -> Box | None:
+    """The box at `offset` that extends by each (stride, size), if it is one."""
+    dims = [d for d in range(owner.dim()) if owner.shape[d] > 1]
+    dims.sort(key=owner.stride)
+    start, stop = [0] * owner.dim(), [1] * owner.dim()
+    for d in reversed(dims):
+        start[d], offset = divmod(offset, owner.stride(d))
+        stop[d] = start[d] + 1
+    by_stride = {owner.stride(d): i for i, d in enumerate(dims)}
+    for stride, size in runs:
+        i = by_stride.get(stride, len(dims))
+        # A flattened run fills its dimension and goes on in the next larger one.
+        while i < len(dims) and size > owner.shape[dims[i]] - start[dims[i]]:
+            d = dims[i]
+            if start[d] or size % owner.shape[d]:
+                return None
+            stop[d], size, i = owner.shape[d], size // owner.shape[d], i + 1
+        if i == len(dims):
+            return None
+        stop[dims[i]] = start[dims[i]] + size
+    return Box(tuple(start), tuple(stop))
+
+
+def _boxes_of_interval(begin: int, end: int, shape: tuple[int, ...]) -> list[Box]:
+    """Boxes of a contiguous tensor that hold the flat indices `begin <= i < end`."""
+    if not shape:
+        return [Box((), ())]
+    row = prod(shape[1:])
+    first, last = -(-begin // row), end // row
+    if first > last:  # inside one row
+        return _in_rows(last, first, begin - last * row, end - last * row, shape)
+    boxes: list[Box] = []
+    if begin < first * row:
+        boxes += _in_rows(first - 1, first, begin - (first - 1) * row, row, shape)
+    if first < last:
+        boxes += _in_rows(first, last, 0, row, shape)
+    if last * row < end:
+        boxes += _in_rows(last, last + 1, 0, end - last * row, shape)
+    return boxes
+
+
+def _in_rows(
+    start: int, stop: int, begin: int, end: int, shape: tuple[int, ...]
+) -> list[Box]:
+    inner = _boxes_of_interval(begin, end, shape[1:])
+    return [Box((start, *b.start), (stop, *b.stop)) for b in inner]

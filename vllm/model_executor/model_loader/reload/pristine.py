@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A layer as it was before its weights were processed.
+
+`process_weights_after_loading` may run once on a layer: it replaces parameters, builds
+kernels and leaves flags that make a second run skip or fail. So a sync never processes
+the layer that serves. It processes a shadow: a layer of the same class with the state
+that the layer had when it was created, around the staged tensors.
+
+Copied with the layer are the helpers that processing changes, which are the objects
+that have a `process_weights_after_loading` of their own: quant methods, schemes,
+kernels, attention implementations. Everything else is shared with the live layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+__all__ = ["PristineLayer", "Shadow", "ShadowPart"]
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+# Larger tensors, a KV cache or a rotary table, are not results of processing.
+_MAX_COPIED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """Stands for a tensor, a helper or the layer itself inside frozen state."""
+
+    key: int
+
+
+@dataclass
+class _Helper:
+    """A helper object and its state when the layer was created."""
+
+    live: Any
+    state: dict[str, Any]
+
+
+class Marks:
+    """Values as they were, to tell later which of them processing touched."""
+
+    def __init__(self, values: dict[str, Any]):
+        self._marks = {name: _mark(value) for name, value in values.items()}
+
+    def touched(self, name: str, value: Any) -> bool:
+        """Whether `name` is new, was assigned, or was written in place."""
+        if name not in self._marks:
+            return True
+        before, state = self._marks[name]
+        return value is not before or not _same_state(state, _mark(value)[1])
+
+
+@dataclass
+class ShadowPart:
+    """A live object, its shadow, and the shadow's attributes before processing."""
+
+    live: Any
+    shadow: Any
+    before: Marks
+
+
+@dataclass
+class Shadow:
+    """A layer to process in place of the one that serves."""
+
+    layer: torch.nn.Module
+    buffers: Marks
+    parts: list[ShadowPart] = field(default_factory=list)
+
+
+class PristineLayer:
+    """State of a layer and of its helpers when it was created.
+
+    Args:
+        layer: the layer; no reference to it is kept.
+        tensors: create-time tensors by name; where the state refers to one of them, a
+            shadow will refer to the staged tensor of that name.
+
+    """
+
+    def __init__(self, layer: torch.nn.Module, tensors: dict[str, torch.Tensor]):
+        self._layer_key = id(layer)
+        self._tensor_names = {id(tensor): name for name, tensor in tensors.items()}
+        self._helpers: dict[int, _Helper] = {}
+        own = {k: v for k, v in layer.__dict__.items() if k not in _REGISTRIES}
+        self._state = {name: self._freeze(value) for name, value in own.items()}
+        children = layer._modules.items()
+        self._modules = {n: self._freeze(m) for n, m in children if _is_helper(m)}
+
+    def _freeze(self, value: Any) -> Any:
+        key = id(value)
+        if key == self._layer_key or key in self._tensor_names:
+            return _Ref(key)
+        if isinstance(value, MethodType) and id(value.__self__) == self._layer_key:
+            return MethodType(value.__func__, _Ref(self._layer_key))
+        if type(value) in (dict, list, tuple, set):
+            return _map(value, self._freeze)
+        if not _is_helper(value):
+            return value
+        if key not in self._helpers:
+            helper = self._helpers[key] = _Helper(value, {})
+            helper.state = {k: self._freeze(v) for k, v in vars(value).items()}
+        return _Ref(key)
+
+    def shadow(
+        self,
+        live: torch.nn.Module,
+        params: dict[str, torch.Tensor],
+        buffers: dict[str, torch.Tensor],
+        children: dict[str, torch.nn.Module],
+    ) -> Shadow:
+        """A shadow of `live` around these tensors and children."""
+        shadow = Shadow(live.__class__.__new__(live.__class__), Marks(buffers))
+        known: dict[int, Any] = {self._layer_key: shadow.layer}
+        for key, name in self._tensor_names.items():
+            known[key] = params.get(name, buffers.get(name))
+
+        def thaw(value: Any) -> Any:
+            if isinstance(value, _Ref):
+                return revive(value.key) if value.key in self._helpers else known[value.key]
+            if isinstance(value, MethodType) and isinstance(value.__self__, _Ref):
+                return MethodType(value.__func__, known[value.__self__.key])
+            if type(value) in (dict, list, tuple, set):
+                return _map(value, thaw)
+            return _copy_if_small(value)
+
+        def revive(key: int) -> Any:
+            if key not in known:
+                helper = self._helpers[key]
+                copy = known[key] = helper.live.__class__.__new__(helper.live.__class__)
+                vars(copy).update({k: thaw(v) for k, v in helper.state.items()})
+                shadow.parts.append(ShadowPart(helper.live, copy, Marks(vars(copy))))
+            return known[key]
+
+        state = shadow.layer.__dict__
+        state.update({name: thaw(value) for name, value in self._state.items()})
+        helpers = {name: thaw(value) for name, value in self._modules.items()}
+        state.update(
+            _parameters=dict(params),
+            _buffers=dict(buffers),
+            _modules={**live._modules, **children, **helpers},
+        )
+        shadow.parts.append(ShadowPart(live, shadow.layer, Marks(state)))
+        return shadow
+
+
+def _is_helper(value: Any) -> bool:
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return False
+    if isinstance(value, torch.nn.Module) and not isinstance(value, QuantizeMethodBase):
+        return False
+    return callable(getattr(value, "process_weights_after_loading", None))
+
+
+def _copy_if_small(value: Any) -> Any:
+    """Processing may write into a tensor attribute; the live one must not notice."""
+    small = isinstance(value, torch.Tensor) and value.nbytes <= _MAX_COPIED_BYTES
+    return value.clone() if small and not value.is_meta else value
+
+
+def _mark(value: Any) -> tuple[Any, Any]:
+    if isinstance(value, torch.Tensor):
+        return value, value._version
+    if type(value) is dict:
+        return value, [*value.keys(), *value.values()]
+    return value, [*value] if type(value) in (list, tuple, set) else None
+
+
+def _same_state(before: Any, after: Any) -> bool:
+    if not isinstance(before, list):
+        return before == after
+    return len(before) == len(after) and all(a is b for a, b in zip(before, after))
+
+
+def _map(container: Any, function: Callable[[Any], Any]) -> Any:
+    if type(container) is dict:
+        return {key: function(value) for key, value in container.items()}
+    return type(container)(function(value) for value in container)

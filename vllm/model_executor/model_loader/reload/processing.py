@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Processing staged layers, aside from those that serve."""
+
+from collections.abc import Mapping
+
+import torch
+
+from vllm.config import ModelConfig
+from vllm.model_executor.layers.attention import MMEncoderAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from .commit import Commit, prepare_commit
+from .errors import Finding, WeightSyncError
+from .pristine import Shadow
+from .registry import get_layerwise_info
+from .scales import invalid_scales
+from .staging import StagedLayer
+
+__all__ = ["check_staged", "is_attention", "prepare_layer", "process_quantized"]
+
+
+def is_attention(layer: torch.nn.Module) -> bool:
+    """Whether a layer processes itself, after all the others."""
+    kinds = (AttentionLayerBase, MMEncoderAttention)
+    process = getattr(layer, "process_weights_after_loading", None)
+    return isinstance(layer, kinds) and callable(process)
+
+
+def check_staged(staged: StagedLayer) -> None:
+    """Refuse a layer that must not be served.
+
+    Raises:
+        WeightSyncError: a scale is invalid, or a parameter was neither loaded now nor
+            by the first load, so that nobody knows its values.
+
+    """
+    tensors = {t.name: t.memory for t in staged.tensors if t.memory is not None}
+    written = {t.name for t in staged.tensors if t.written}
+    invalid = invalid_scales(staged.name, tensors, written)
+    unknown = [
+        Finding(staged.name, tensor.name, "never loaded, and created without a value")
+        for tensor in staged.params.values()
+        if not tensor.written and tensor.initial is None and tensor.meta.numel()
+    ]
+    if invalid or unknown:
+        summary = "weight sync brought weights that cannot be served"
+        raise WeightSyncError(summary, missing=unknown, invalid=invalid)
+
+
+def prepare_layer(
+    staged: StagedLayer,
+    model_config: ModelConfig | None,
+    children: Mapping[str, torch.nn.Module],
+) -> tuple[Shadow, Commit]:
+    """Process a staged layer aside, and pair the result with the layer that serves.
+
+    Args:
+        staged: the layer, complete and not exposed.
+        model_config: for attention layers, which process in the model's dtype.
+        children: processed shadows of its children, where they are not yet in service.
+
+    """
+    shadow = _shadow_of(staged, children)
+    process_quantized(shadow.layer)
+    if is_attention(staged.layer) and model_config is not None:
+        shadow.layer.process_weights_after_loading(model_config.dtype)
+    after = shadow.layer._buffers
+    written = {name for name, tensor in staged.buffers.items() if tensor.written}
+    touched = {name for name, b in after.items() if shadow.buffers.touched(name, b)}
+    keep = after.keys() - written - touched
+    return shadow, prepare_commit(staged.name, shadow, keep)
+
+
+def process_quantized(layer: torch.nn.Module) -> None:
+    """Let a layer's quant method, if it has one, turn its weights to kernel format."""
+    quant_method = getattr(layer, "quant_method", None)
+    if not isinstance(quant_method, QuantizeMethodBase):
+        return
+    quant_method.process_weights_after_loading(layer)
+    # Parameters made by processing carry the global rank, not the layer's own.
+    update = getattr(layer, "update_param_tp_status", None)
+    if update is not None:
+        update()
+
+
+def _shadow_of(
+    staged: StagedLayer, children: Mapping[str, torch.nn.Module]
+) -> Shadow:
+    layer = staged.layer
+    # Attention layers that received no scales keep those that serve.
+    own = staged.received or not is_attention(layer)
+    params = (
+        {name: tensor.materialize() for name, tensor in staged.params.items()}
+        if own
+        else dict(layer._parameters)
+    )
+    buffers = {name: _copy_if_small(b) for name, b in layer._buffers.items()}
+    buffers |= {n: t.materialize() for n, t in staged.buffers.items() if t.written}
+    pristine = get_layerwise_info(layer).pristine
+    assert pristine is not None, "record_metadata_for_reloading was never called"
+    return pristine.shadow(layer, params, buffers, dict(children))
+
+
+def _copy_if_small(buffer: torch.Tensor | None) -> torch.Tensor | None:
+    """Processing writes into scales; it reads tables, which need no copy."""
+    if buffer is None or buffer.nbytes > 1 << 20:
+        return buffer
+    return buffer.clone()

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Which scales may be served.
+
+    E - experts
+    N, K - rows and columns of a weight
+    n, k - rows and columns of its scale: one value for each block of the weight
+
+A scale is valid if it is finite and positive, however small: experts that never fire
+have scales below 1e-23 in released checkpoints. A zero is valid only where its whole
+weight block is zero. In E8M0, which has an exponent and nothing else, 0xFF is NaN.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from .errors import Finding
+from .ledger import Box
+from .regions import describe
+
+__all__ = ["invalid_scales", "is_checkpoint_scale", "is_scale", "weight_of_scale"]
+
+_SCALE = re.compile(r"(?:^|_)scale(?:_inv|_2)?$")
+_WEIGHT_SCALE = re.compile(r"(?P<weight>(?:^|.*_)weight)(?:_global)?_scale(?:_inv|_2)?$")
+_FP8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2}
+# A tensor full of NaN needs no list of all of them.
+_MAX_FINDINGS = 64
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor of this name holds scales of any kind."""
+    return _SCALE.search(name) is not None
+
+
+def weight_of_scale(name: str) -> str | None:
+    """Name of the weight that a weight scale belongs to, or None."""
+    match = _WEIGHT_SCALE.match(name)
+    return match["weight"] if match else None
+
+
+def is_checkpoint_scale(name: str) -> bool:
+    """Whether a checkpoint always brings this scale: weight scales, not activations'."""
+    return weight_of_scale(name) is not None
+
+
+def invalid_scales(
+    layer: str, tensors: Mapping[str, torch.Tensor], written: set[str]
+) -> list[Finding]:
+    """What is wrong with the scales among `tensors` that a sync wrote.
+
+    Args:
+        layer: qualified name of the layer, for the findings.
+        tensors: all tensors of the layer in checkpoint format, by name.
+        written: names of those that the sync wrote.
+
+    """
+    findings: list[Finding] = []
+    for name in sorted(filter(is_scale, written)):
+        scale = _as_float(tensors[name])
+        weight = tensors.get(weight_of_scale(name) or "")
+        bad = ~(torch.isfinite(scale) & (scale > 0))
+        if not bad.any():
+            continue
+        if weight is not None and weight.dtype in _FP8:
+            bad &= ~((scale == 0) & _zero_blocks(weight, scale))
+        elif scale.dtype != torch.float8_e8m0fnu:
+            bad &= scale != 0
+        findings += _findings(layer, name, scale, bad)
+    return findings
+
+
+def _as_float(scale: torch.Tensor) -> torch.Tensor:
+    """Values of a scale; exponents stored as bytes are read as E8M0."""
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    return scale.float() if scale.is_floating_point() else torch.ones_like(scale).float()
+
+
+def _findings(
+    layer: str, name: str, scale: torch.Tensor, bad: torch.Tensor
+) -> Iterator[Finding]:
+    for index in bad.nonzero()[:_MAX_FINDINGS].tolist():
+        value = scale[tuple(index)].item()
+        box = Box(tuple(index), tuple(i + 1 for i in index))
+        reason = f"scale is {value}, must be finite and positive"
+        yield describe(layer, name, scale, box, reason)
+
+
+def _zero_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Which blocks of `weight` are zero throughout, in the shape of `scale`."""
+    if weight.dim() == 3:  # expert by expert, and only where it matters
+        zero = torch.zeros(scale.shape, dtype=torch.bool, device=scale.device)
+        for e in (scale == 0).flatten(1).any(1).nonzero().flatten().tolist():
+            zero[e] = _zero_blocks(weight[e], scale[e])
+        return zero
+    nonzero = (weight.view(torch.uint8) & 0x7F) != 0  # neither 0.0 nor -0.0
+    grid = scale.reshape(*scale.shape, *(1,) * (weight.dim() - scale.dim()))
+    if grid.shape[0] not in (1, weight.shape[0]) and scale.dim() < 2 < grid.shape[0]:
+        return ~nonzero.any().expand(scale.shape)  # shards of unknown widths
+    counts = nonzero.int()
+    for dim, blocks in enumerate(grid.shape):
+        index = _block_of(counts.shape[dim], blocks, weight.device)
+        shape = (*counts.shape[:dim], blocks, *counts.shape[dim + 1 :])
+        counts = counts.new_zeros(shape).index_add_(dim, index, counts)
+    return (counts == 0).reshape(scale.shape)
+
+
+def _block_of(size: int, blocks: int, device: torch.device) -> torch.Tensor:
+    """Block of each of `size` rows; a last short block rounds up to a power of two."""
+    rows = -(-size // blocks)
+    if size % blocks:
+        rows = 1 << (rows - 1).bit_length()
+    return torch.arange(size, device=device).div(rows, rounding_mode="floor")

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Where a sync's tensors wait until their layer is complete.
+
+While weights are loaded, a layer shows meta tensors in checkpoint format in place of
+the tensors that serve. `StagingMode` watches every operator: one that touches such a
+tensor is given memory of the same shape instead, allocated on first touch, and what it
+writes is noted in the tensor's ledger. Loaders therefore run unchanged, models that
+write past their loaders are staged all the same, and nothing is kept of a caller's
+tensor.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import meta as meta_tensors
+from .checks import check_castable
+from .errors import Finding, WeightSyncError
+from .fingerprint import Fingerprint
+from .ledger import Box, Ledger, boxes_of_view
+from .recording import FirstLoad, LoaderCall, TensorSpec, wrote
+from .regions import describe
+
+__all__ = ["StagedLayer", "StagedLoader", "StagedTensor", "StagingMode"]
+
+
+@dataclass(eq=False)
+class StagedTensor:
+    """One tensor of a layer in checkpoint format, and what a sync owes of it.
+
+    Attributes:
+        layer: qualified name of the layer it belongs to.
+        name: its name there.
+        meta: the tensor that loaders are shown.
+        device: where its memory is allocated.
+        first_load: how the first load called its loader.
+        ledger: what is still to be written.
+        initial: value it has before anything is loaded, if that matters.
+        calls: how this sync called the loader.
+        optional: whether it may come although it is not owed.
+        written: the boxes that this sync wrote.
+        memory: its memory, once touched.
+        closed: whether its layer was committed.
+        sealed: what had been staged when it was closed.
+
+    """
+
+    layer: str
+    name: str
+    meta: torch.Tensor
+    device: torch.device
+    first_load: FirstLoad
+    ledger: Ledger
+    initial: torch.Tensor | None = None
+    optional: bool = False
+    written: set[Box] = field(default_factory=set)
+    memory: torch.Tensor | None = None
+    closed: bool = False
+    sealed: Fingerprint | None = None
+    calls: FirstLoad = field(default_factory=FirstLoad)
+
+    def materialize(self) -> torch.Tensor:
+        """Its memory; allocated, and set to the create-time value, on first use."""
+        if self.memory is None:
+            with self.device:
+                self.memory = meta_tensors.materialize_meta_tensor(self.meta)
+            if self.initial is not None:
+                self.memory.data.copy_(self.initial)
+            elif not self.ledger.covers(self.meta):
+                self.memory.data.zero_()
+        return self.memory
+
+    def note_write(self, view: torch.Tensor) -> None:
+        """Note that `view`, a view of the memory, was filled with loaded values."""
+        for box in boxes_of_view(view, self.meta):
+            self.ledger.write(box)
+            self.written.add(box)
+
+    def learn(self) -> None:
+        """Take what this sync wrote for what the next one owes."""
+        if self.written:
+            self.first_load.calls.update(self.calls.calls)
+            self.first_load.ambiguous |= self.calls.ambiguous
+            self.first_load.boxes_written = sorted(
+                self.written, key=lambda box: box.start
+            )
+
+    def close(self) -> None:
+        """Take no more writes; what comes again must equal what was staged."""
+        if self.written and not self.closed:
+            self.sealed = Fingerprint(self.materialize())
+        self.closed = True
+
+    def check_repeated(self, view: torch.Tensor, source: object) -> None:
+        """Refuse a write after closing, unless it repeats what was staged."""
+        if self.sealed is None:
+            raise self.refuse("came after its layer was committed")
+        self.sealed.check(self, view, source)
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it may still come, although it is not owed."""
+        return self.optional and not self.written and self.ledger.empty
+
+    def missing(self) -> list[Finding]:
+        return [
+            describe(self.layer, self.name, self.meta, box, "never sent")
+            for box in self.ledger.missing()
+        ]
+
+    def refuse(self, detail: str, box: Box | None = None) -> WeightSyncError:
+        """The error for a tensor that must not be staged here."""
+        finding = describe(self.layer, self.name, self.meta, box, detail)
+        return WeightSyncError("weight sync refused a tensor", invalid=[finding])
+
+
+class StagedLoader:
+    """The weight loader that a staged tensor shows: the original, under staging."""
+
+    def __init__(
+        self, original: Callable, tensor: StagedTensor, run: Callable[..., Any]
+    ):
+        update_wrapper(self, original)
+        self.original = original
+        self.tensor = tensor
+        self._run = run
+
+    def __call__(self, *args, **kwargs):
+        return self._run(self, args, kwargs)
+
+    def load(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the original loader after a look at what it is given.
+
+        Raises:
+            WeightSyncError: the first load was given another shape by this call, or a
+                type that cannot stand for what came.
+
+        """
+        call, weight = LoaderCall.split(args, kwargs)
+        first = self.tensor.first_load
+        if weight is not None:
+            self._check(first.expected(call), weight)
+            self.tensor.calls.note(call, weight)
+        return self.original(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to the original, by which models tell the default loader."""
+        return other is self or other == self.original
+
+    def __hash__(self) -> int:
+        return hash(self.original)
+
+    def _check(self, expected: TensorSpec | None, weight: torch.Tensor) -> None:
+        if expected is None:
+            return
+        scalars = weight.numel() == 1 and len(expected.shape) <= 1
+        if tuple(weight.shape) != expected.shape and not scalars:
+            came = TensorSpec.of(weight)
+            raise self.tensor.refuse(
+                f"expected {expected}, as first loaded, got {came}; send the tensor "
+                "in the checkpoint's layout"
+            )
+
+
+@dataclass(eq=False)
+class StagedLayer:
+    """The staged tensors of one module.
+
+    Attributes:
+        name: its qualified name.
+        layer: the module.
+        params: staged parameters by name.
+        buffers: staged buffers by name; buffers that alias parameters are not staged.
+        owner_of: the staged tensors that no earlier layer shares.
+
+    """
+
+    name: str
+    layer: torch.nn.Module
+    params: dict[str, StagedTensor]
+    buffers: dict[str, StagedTensor]
+    owner_of: list[StagedTensor]
+    committed: bool = False
+    _hidden: dict[str, Any] | None = None
+
+    @property
+    def tensors(self) -> Iterator[StagedTensor]:
+        yield from self.params.values()
+        yield from self.buffers.values()
+
+    @property
+    def received(self) -> bool:
+        """Whether this sync wrote anything that belongs to the layer."""
+        return any(tensor.written for tensor in self.owner_of)
+
+    @property
+    def complete(self) -> bool:
+        return all(tensor.ledger.complete for tensor in self.tensors)
+
+    @property
+    def device_bytes(self) -> int:
+        memories = [t.memory for t in self.tensors if t.memory is not None]
+        return sum(m.nbytes for m in memories if m.device.type != "cpu")
+
+    def missing(self) -> list[Finding]:
+        return [finding for t in self.tensors for finding in t.missing()]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the layer can be committed before the sync is finished."""
+        if not self.received or not self.complete:
+            return False
+        return not any(tensor.awaited for tensor in self.tensors)
+
+    def show(self) -> None:
+        """Show the staged tensors to loaders, in place of those that serve."""
+        state = self.layer.__dict__
+        if self._hidden is not None:
+            return
+        params = {name: t.meta for name, t in self.params.items()}
+        staged = {name: t.meta for name, t in self.buffers.items()}
+        live = {n: b for n, b in self.layer._buffers.items() if n not in params}
+        # Plain attributes that processing put where a tensor was created hide it.
+        covers = [n for n in (*params, *staged) if n in state]
+        self._hidden = {name: state.pop(name) for name in covers}
+        self._hidden |= {n: state[n] for n in ("_parameters", "_buffers")}
+        state.update(_parameters=params, _buffers={**live, **staged})
+
+    @property
+    def is_shown(self) -> bool:
+        return self._hidden is not None
+
+    def hide(self) -> None:
+        """Undo `show`."""
+        if self._hidden is not None:
+            self.layer.__dict__.update(self._hidden)
+            self._hidden = None
+
+
+class StagingMode(TorchDispatchMode):
+    """Redirects operators on staged tensors to their memory, and notes the writes."""
+
+    def __init__(self, tensors: Iterable[StagedTensor]):
+        super().__init__()
+        tensors = list(tensors)
+        self._by_meta = {t.meta.untyped_storage()._cdata: t for t in tensors}
+        held = [t for t in tensors if t.memory is not None]
+        self._by_memory = {t.memory.untyped_storage()._cdata: t for t in held}
+        self._touched: set[StagedTensor] = set()
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let operators through, for work that is not loading."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def take_touched(self) -> set[StagedTensor]:
+        """The tensors written since this was last asked."""
+        touched, self._touched = self._touched, set()
+        return touched
+
+    def forget(self, tensor: StagedTensor) -> None:
+        """Drop the memory of a tensor."""
+        if tensor.memory is not None:
+            self._by_memory.pop(tensor.memory.untyped_storage()._cdata, None)
+            tensor.memory = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        args = tuple(self._redirect(value) for value in args)
+        if kwargs:
+            kwargs = {name: self._redirect(value) for name, value in kwargs.items()}
+        if not wrote(func, args):
+            return func(*args, **kwargs)
+        return self._write(func, args, kwargs)
+
+    def _redirect(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._memory_of(value) if value.is_meta else value
+        if isinstance(value, list):
+            return [self._redirect(item) for item in value]
+        if isinstance(value, torch.device) and value.type == "meta":
+            # A loader that moves its weight to the parameter's device.
+            return next(iter(self._by_meta.values())).device
+        return value
+
+    def _memory_of(self, view: torch.Tensor) -> torch.Tensor:
+        tensor = self._by_meta.get(view.untyped_storage()._cdata)
+        if tensor is None or tensor.closed:
+            return view
+        memory = tensor.materialize()
+        self._by_memory[memory.untyped_storage()._cdata] = tensor
+        offset = view.storage_offset() - tensor.meta.storage_offset()
+        return memory.data.as_strided(view.shape, view.stride(), offset)
+
+    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        view = args[0]
+        storage = view.untyped_storage()._cdata
+        tensor = (self._by_meta if view.is_meta else self._by_memory).get(storage)
+        if tensor is None:
+            return func(*args, **kwargs)
+        source = args[1]
+        if isinstance(source, torch.Tensor):
+            check_castable(tensor, source)
+        if tensor.closed:
+            tensor.check_repeated(view, source)
+            return view
+        result = func(*args, **kwargs)
+        tensor.note_write(view)
+        self._touched.add(tensor)
+        return result

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Laying out the staged tensors of a whole model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .first_load import original_loader, owed_by
+from .meta import is_parameter_alias, parameter_storages, to_meta_tensor
+from .recording import FirstLoad
+from .registry import get_layerwise_info
+from .sanitize import restore_layer_refs
+from .staging import StagedLayer, StagedLoader, StagedTensor
+
+__all__ = ["stage_model"]
+
+
+def stage_model(
+    model: torch.nn.Module, first_loaded: bool, run: Callable[..., Any]
+) -> list[StagedLayer]:
+    """A staged layer for each module of `model` that has tensors of its own.
+
+    Args:
+        model: the model to stage.
+        first_loaded: whether a first load told what is owed.
+        run: calls the loader of a staged tensor; see `StagedLoader`.
+
+    """
+    area = _StagingArea(first_loaded, run)
+    layers = [area.stage(name, layer) for name, layer in model.named_modules()]
+    return [layer for layer in layers if layer.params or layer.buffers]
+
+
+class _StagingArea:
+    def __init__(self, first_loaded: bool, run: Callable[..., Any]):
+        self._first_loaded = first_loaded
+        self._run = run
+        self._tied: dict[int, StagedTensor] = {}
+
+    def stage(self, name: str, layer: torch.nn.Module) -> StagedLayer:
+        params, buffers = get_layerwise_info(layer).restore_metadata
+        storages = parameter_storages(layer) if layer._buffers else set()
+        live = {n: b for n, b in layer._buffers.items() if b is not None}
+        staged = StagedLayer(name, layer, {}, {}, [])
+        for param_name, meta in params.items():
+            self._stage_parameter(staged, param_name, meta)
+        for buffer_name, buffer in {**buffers, **live}.items():
+            if not is_parameter_alias(layer, buffer_name, buffer, storages):
+                tensor = self._tensor(staged, buffer_name, buffer, is_parameter=False)
+                tensor.initial = live.get(buffer_name)
+                staged.buffers[buffer_name] = tensor
+        return staged
+
+    def _stage_parameter(
+        self, staged: StagedLayer, name: str, meta: torch.Tensor
+    ) -> None:
+        tensor = self._tied.get(id(meta))
+        if tensor is None:
+            tensor = self._tensor(staged, name, meta, is_parameter=True)
+            tensor.initial = get_layerwise_info(staged.layer).created.get(name)
+            self._tied[id(meta)] = tensor
+        staged.params[name] = tensor
+
+    def _tensor(
+        self, staged: StagedLayer, name: str, like: torch.Tensor, is_parameter: bool
+    ) -> StagedTensor:
+        info = get_layerwise_info(staged.layer)
+        meta = restore_layer_refs(to_meta_tensor(like), staged.layer)
+        first_load = info.first_load.setdefault(name, FirstLoad())
+        ledger = owed_by(name, meta, first_load, is_parameter, self._first_loaded)
+        device = info.restore_device
+        tensor = StagedTensor(staged.name, name, meta, device, first_load, ledger)
+        tensor.optional = meta.is_floating_point() and not self._first_loaded
+        meta.weight_loader = StagedLoader(original_loader(meta), tensor, self._run)
+        staged.owner_of.append(tensor)
+        return tensor

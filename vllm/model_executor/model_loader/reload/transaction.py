@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""One sync of new weights into a model that serves: all of it, or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from vllm.config import ModelConfig
+from vllm.logger import init_logger
+
+from .agreement import agree_across_ranks
+from .commit import Commit
+from .errors import WeightSyncError
+from .processing import check_staged, is_attention, prepare_layer
+from .recording import TensorSpec
+from .registry import get_layerwise_info
+from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
+from .staging_area import stage_model
+from .status import ReloadStatus
+
+__all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction"]
+
+logger = init_logger(__name__)
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class CommitPolicy(Enum):
+    """When staged layers start to serve.
+
+    LAYER: each as soon as it is complete; extra memory for one layer.
+    MODEL: all of them at the end; extra memory for one model, and whatever fails, the
+        old weights serve.
+    """
+
+    LAYER = "layer"
+    MODEL = "model"
+
+    @classmethod
+    def from_environment(cls) -> CommitPolicy:
+        """The policy that VLLM_RELOAD_COMMIT names.
+
+        Raises:
+            ValueError: it names no policy.
+
+        """
+        return cls(os.environ.get("VLLM_RELOAD_COMMIT", cls.LAYER.value))
+
+
+@dataclass
+class ModelReload:
+    """What a model knows of its syncs, from one to the next.
+
+    Attributes:
+        version: complete syncs so far.
+        first_loaded: whether a first load was seen, so that its writes are known.
+        lost: why no whole weights serve, if so; a sync then owes everything.
+        dummy: whether they were lost by never being loaded.
+        transaction: the open sync, or the one that failed and was not closed.
+
+    """
+
+    version: int = 0
+    first_loaded: bool = False
+    lost: str = ""
+    dummy: bool = False
+    transaction: ReloadTransaction | None = None
+
+    @property
+    def status(self) -> ReloadStatus:
+        if self.lost:
+            fenced = not self.dummy
+            return ReloadStatus("inconsistent", self.version, self.lost, fenced)
+        is_open = self.transaction is not None and self.transaction.is_open
+        return ReloadStatus("updating" if is_open else "serving", self.version)
+
+
+class ReloadTransaction:
+    """A sync from its first tensor to its commit.
+
+        transaction = ReloadTransaction(model, reload, CommitPolicy.LAYER)
+        transaction.open()
+        for chunk in chunks:
+            model.load_weights(chunk)       # is transaction.load_weights meanwhile
+        transaction.finish(model_config)    # or transaction.abort(reason)
+
+    The layers show their staged tensors during `load_weights` only, so that a model
+    serves its old weights between chunks. A model without `load_weights`, or a caller
+    that drives the parameters' loaders itself, sees them until their layer is committed.
+
+    Args:
+        model: the model to load into.
+        reload: what is known of its syncs.
+        policy: when layers start to serve.
+        exposed: whether to show the staged tensors from start to end.
+
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        reload: ModelReload,
+        policy: CommitPolicy,
+        exposed: bool = False,
+    ):
+        self._model = model
+        self._reload = reload
+        self._policy = policy
+        self._load_weights = getattr(model, "load_weights", None)
+        self._exposed = exposed or self._load_weights is None
+        self._layers = stage_model(model, reload.first_loaded, self._run_loader)
+        self._layers_of: dict[StagedTensor, list[StagedLayer]] = {}
+        for layer in self._layers:
+            for tensor in layer.tensors:
+                self._layers_of.setdefault(tensor, []).append(layer)
+        attention = [layer.layer for layer in self._layers if is_attention(layer.layer)]
+        self._deferred = {child for layer in attention for child in layer.children()}
+        self._deferred.update(attention)
+        self._mode = StagingMode(self._layers_of)
+        self._loading = False
+        self._failure: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether weights may still be loaded."""
+        return self._failure is None and self._reload.transaction is self
+
+    def open(self) -> None:
+        """Take the model's `load_weights`, or show the staged tensors."""
+        self._reload.transaction = self
+        for layer in self._layers:
+            get_layerwise_info(layer.layer).staged = layer
+            if self._exposed:
+                layer.show()
+        if self._load_weights is not None:
+            vars(self._model)["load_weights"] = self.load_weights
+
+    def load_weights(self, weights: Weights, *args: Any, **kwargs: Any) -> Any:
+        """Stage one chunk through the model's own `load_weights`.
+
+        When it returns, nothing refers to the chunk's tensors any more.
+
+        Raises:
+            WeightSyncError: the sync was aborted before, or a tensor was refused; the
+                sync is then aborted.
+            Exception: whatever iterating over `weights` raises, unchanged; the sync is
+                then aborted.
+
+        """
+        self._check_open()
+        source = _Source(weights, self)
+        try:
+            with self._staging():
+                result = self._load_weights(iter(source), *args, **kwargs)
+                self.commit_ready_layers()
+        except BaseException as error:
+            self.fail(f"loading {source.name or 'weights'}: {error!r}")
+            refused = isinstance(error, Exception) and error is not source.error
+            if refused and not isinstance(error, WeightSyncError | MemoryError):
+                raise source.explain(error) from error
+            raise
+        return result
+
+    def finish(self, model_config: ModelConfig | None) -> None:
+        """Commit what is staged, if the sync brought all that it owes.
+
+        Raises:
+            WeightSyncError: the sync was aborted before, is incomplete or brought
+                invalid scales.
+
+        """
+        try:
+            with agree_across_ranks():
+                self._check_open()
+                self._check_missing()
+                prepared = self._finish_layers(model_config)
+            for layer, commit in prepared:
+                self._apply(layer, commit)
+        except BaseException as error:
+            self.abort(str(error))
+            raise
+        self._succeed()
+
+    def fail(self, reason: str) -> None:
+        """Drop what is staged, and refuse what is loaded until the sync is closed."""
+        if self._failure is not None:
+            return
+        self._failure = reason
+        committed = sum(layer.committed for layer in self._layers)
+        if committed:
+            self._reload.dummy = False
+            self._reload.lost = (
+                f"a weight sync failed after {committed} of {len(self._layers)} layers "
+                f"were committed; complete a sync to serve again. It failed at {reason}"
+            )
+        for layer in self._layers:
+            self._drop(layer)
+
+    def abort(self, reason: str) -> None:
+        """Drop what is staged, and close."""
+        self.fail(reason)
+        self._close()
+
+    def _succeed(self) -> None:
+        if not self._reload.first_loaded:
+            for tensor in self._layers_of:
+                tensor.learn()
+        self._reload.version += 1
+        self._reload.first_loaded = True
+        self._reload.lost, self._reload.dummy = "", False
+        for layer in self._layers:
+            self._drop(layer)
+        self._close()
+
+    def _close(self) -> None:
+        if self._reload.transaction is self:
+            vars(self._model).pop("load_weights", None)
+            self._reload.transaction = None
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            summary = "this weight sync was aborted, start another one"
+            raise WeightSyncError(f"{summary}: {self._failure}")
+        if self._reload.transaction is not self:
+            raise WeightSyncError("no weight sync is open, start one first")
+
+    def _check_missing(self) -> None:
+        owes_all = bool(self._reload.lost)
+        layers = [layer for layer in self._layers if owes_all or layer.received]
+        missing = [finding for layer in layers for finding in layer.missing()]
+        if missing:
+            raise WeightSyncError("weight sync is incomplete", missing=missing)
+
+    @contextmanager
+    def _staging(self) -> Iterator[None]:
+        """Show the staged tensors and watch what is done to them."""
+        if self._loading:
+            yield
+            return
+        self._loading = True
+        for layer in self._layers:
+            if not layer.committed or not self._exposed:
+                layer.show()
+        try:
+            with self._mode:
+                yield
+        finally:
+            self._loading = False
+            if not self._exposed:
+                for layer in self._layers:
+                    layer.hide()
+
+    def _run_loader(self, loader: StagedLoader, args: tuple, kwargs: dict) -> Any:
+        if self._loading:
+            result = loader.load(args, kwargs)
+            self.commit_ready_layers()
+            return result
+        self._check_open()
+        try:
+            with self._staging():
+                return self._run_loader(loader, args, kwargs)
+        except BaseException as error:
+            self.fail(f"loading {loader.tensor.layer}.{loader.tensor.name}: {error!r}")
+            raise
+
+    def commit_ready_layers(self) -> None:
+        """Commit the layers that what was just written has completed."""
+        touched = self._mode.take_touched()
+        if self._policy is CommitPolicy.MODEL:
+            return
+        for layer in {layer: None for t in touched for layer in self._layers_of[t]}:
+            if not layer.committed and layer.ready and layer.layer not in self._deferred:
+                self._commit_now(layer)
+
+    def _commit_now(self, layer: StagedLayer) -> None:
+        shown = layer.is_shown
+        layer.hide()
+        with self._aside():
+            check_staged(layer)
+            for tensor in layer.tensors:
+                tensor.close()
+            _, commit = prepare_layer(layer, None, {})
+            self._apply(layer, commit)
+        if shown and not self._exposed:
+            layer.show()
+
+    def _finish_layers(
+        self, model_config: ModelConfig | None
+    ) -> list[tuple[StagedLayer, Commit]]:
+        """Process the layers that are left; commit them unless all wait for the last."""
+        prepared: list[tuple[StagedLayer, Commit]] = []
+        shadows: dict[torch.nn.Module, torch.nn.Module] = {}
+        left = [layer for layer in self._layers if not layer.committed]
+        for layer in left:
+            layer.hide()
+        with self._aside():
+            for layer in sorted(left, key=lambda layer: is_attention(layer.layer)):
+                changed = {
+                    name: shadows[child]
+                    for name, child in layer.layer.named_children()
+                    if child in shadows
+                }
+                if not (layer.received or (changed and is_attention(layer.layer))):
+                    continue
+                check_staged(layer)
+                shadow, commit = prepare_layer(layer, model_config, changed)
+                if layer.layer in self._deferred:
+                    shadows[layer.layer] = shadow.layer
+                elif self._policy is CommitPolicy.LAYER:
+                    self._apply(layer, commit)
+                    continue
+                prepared.append((layer, commit))
+        return prepared
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """For processing: no staging, no autograd, tensors that can be told changed."""
+        with self._mode.paused(), torch.inference_mode(False), torch.no_grad():
+            yield
+
+    def _apply(self, layer: StagedLayer, commit: Commit) -> None:
+        layer.committed = True  # from the first copy on
+        commit.apply()
+        self._drop(layer)
+
+    def _drop(self, layer: StagedLayer) -> None:
+        layer.hide()
+        get_layerwise_info(layer.layer).reset()
+        for tensor in layer.tensors:
+            owners = self._layers_of[tensor]
+            if self._failure is not None or all(owner.committed for owner in owners):
+                self._mode.forget(tensor)
+
+
+class _Source:
+    """A caller's weights, watched while a model iterates over them.
+
+    Attributes:
+        name: the checkpoint name that the model is loading.
+        error: what the caller's iterator raised, if it did.
+
+    """
+
+    def __init__(self, weights: Weights, transaction: ReloadTransaction):
+        self.name: str | None = None
+        self.error: BaseException | None = None
+        self._weights = weights
+        self._transaction = transaction
+        self._spec: TensorSpec | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        weights = iter(self._weights)
+        while True:
+            try:
+                name, tensor = next(weights)
+            except StopIteration:
+                return
+            except BaseException as error:
+                self.error = error
+                raise
+            self.name, self._spec = name, TensorSpec.of(tensor)
+            yield name, tensor
+            self._transaction.commit_ready_layers()
+
+    def explain(self, error: Exception) -> WeightSyncError:
+        """The error of a loader, in terms of the tensor that it was loading."""
+        reason = str(error) or type(error).__name__
+        return WeightSyncError(
+            f"weight sync cannot load {self.name} ({self._spec}): {reason}"
+        )

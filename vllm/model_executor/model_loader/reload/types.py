@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What is known of each layer between loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .recording import FirstLoad
+
+if TYPE_CHECKING:
+    from .pristine import PristineLayer
+    from .staging import StagedLayer
+    from .transaction import ModelReload
+
+__all__ = ["LayerReloadingInfo", "LayerTensors"]
+
+# parameters and buffers by name
+LayerTensors = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+@dataclass
+class LayerReloadingInfo:
+    """Everything a sync needs to know of one layer; kept for the layer's life.
+
+    Attributes:
+        restore_metadata: parameters and buffers as created, on the meta device.
+        restore_device: device on which to stage them.
+        created: create-time values of the small tensors among them, on the CPU.
+        first_load: by tensor name, how the first load called its loader.
+        pristine: the layer and its quant method as they were before processing.
+        staged: the layer's open staging, while it is being loaded.
+        kernel_tensors: the tensors that serve, while others stand in their place.
+        kernel_non_persistent_buffers: names of those buffers that are not persistent.
+        model: state of syncs into the model whose root this module is.
+
+    """
+
+    restore_metadata: LayerTensors
+    restore_device: torch.device
+    created: dict[str, torch.Tensor] = field(default_factory=dict)
+    first_load: dict[str, FirstLoad] = field(default_factory=dict)
+    pristine: PristineLayer | None = None
+    staged: StagedLayer | None = None
+    kernel_tensors: LayerTensors | None = None
+    kernel_non_persistent_buffers: set[str] = field(default_factory=set)
+    model: ModelReload | None = None
+
+    @property
+    def loaded_weights(self) -> tuple[()]:
+        """Arguments kept for a later replay: none, loads are staged at once."""
+        return ()
+
+    def can_load(self) -> bool:
+        """Whether the layer is open for loading."""
+        return self.staged is not None
+
+    def reset(self) -> None:
+        """Close the layer; what was staged and not committed is dropped."""
+        self.staged = None
+        self.kernel_tensors = None
+        self.kernel_non_persistent_buffers = set()

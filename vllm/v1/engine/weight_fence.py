@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The fence between requests and weights that must not serve them.
+
+After every RPC the workers report the state of their weights. If one of them holds a
+mixture of old and new weights, or if some ranks committed new weights and others did
+not, the fence goes up: running requests end with the reason and new ones are refused
+with it, while the engine core lives on. A complete sync takes it down. Whenever weights
+were committed, what was computed from the old ones is forgotten.
+
+    engine core                              workers
+    collective_rpc(method) ----------------> run_and_report(method)
+    fence.observe(states)  <---------------- result, state of the weights
+    add_request(request): fence.admits(request)?
+"""
+
+import queue
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.reload import ReloadStatus
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.weight_refusal import refuse
+from vllm.v1.engine.weight_state import EngineWeightState
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.worker.weight_report import results_of, run_and_report, weight_states
+
+__all__ = [
+    "WeightFence",
+    "fence_in_background",
+    "fence_in_process",
+    "fenced_rpc",
+    "fenced_wake_up",
+]
+
+logger = init_logger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+CoreMethod = Callable[Concatenate[Any, P], R]
+Outbox = queue.Queue[tuple[int, EngineCoreOutputs]]
+
+REFUSAL = (
+    "The weights of this engine are inconsistent: it refuses requests until a complete "
+    "weight sync succeeds. Reason: {reason}"
+)
+
+
+class WeightFence:
+    """Decides which requests an engine core may serve with the weights that it has.
+
+    Args:
+        core: the engine core.
+        outbox: where outputs for a client go: (client index, outputs).
+
+    """
+
+    def __init__(self, core: Any, outbox: Outbox):
+        self._core = core
+        self._outbox = outbox
+        self._weights = EngineWeightState()
+        self._refusal: str | None = None
+        self._dropped = False
+
+    def observe(self, states: Sequence[tuple[ReloadStatus, ...]]) -> None:
+        """Take in the weights' states of all workers, in order of rank.
+
+        Raises:
+            RuntimeError: new weights are in service, but what was computed from the old
+                ones could not be forgotten.
+
+        """
+        before, self._weights = self._weights, self._weights.after(states)
+        self._move()
+        if self._weights.committed_since(before):
+            self._forget_computed()
+
+    def admits(self, request: Request) -> bool:
+        """Whether to serve a request; one that is refused is told so here.
+
+        A request that is to be aborted at once frees resources of another engine. It
+        meets no weights, and passes.
+        """
+        if self._refusal is None or getattr(request, "abort_immediately", False):
+            return True
+        self._end([request], self._refusal)
+        return False
+
+    def undelivered(self) -> EngineCoreOutputs | None:
+        """Take the next outputs from the outbox, for a core without a thread for it."""
+        try:
+            _, outputs = self._outbox.get_nowait()
+        except queue.Empty:
+            return None
+        return outputs
+
+    def fall_asleep(self, level: int) -> None:
+        """Remember that a sleep of this level was asked for."""
+        self._dropped = self._dropped or level >= 2
+
+    def wake_up(self) -> None:
+        """Ask for the state of the weights if sleep dropped them, and act on it."""
+        if self._core.model_executor.is_sleeping:
+            return
+        if self._dropped:
+            self._dropped = False
+            self.observe(self._core.model_executor.collective_rpc(weight_states))
+        self._move()
+
+    def _move(self) -> None:
+        """Put the fence up or down.
+
+        While the engine sleeps requests wait and meet no weights. The weights may be
+        complete before it wakes, so the fence does not go up.
+        """
+        if self._weights.reason is None:
+            self._take_down()
+        elif not self._core.model_executor.is_sleeping:
+            self._put_up(REFUSAL.format(reason=self._weights.reason))
+
+    def _take_down(self) -> None:
+        if self._refusal is not None:
+            logger.info("The weights are complete again: requests are served.")
+        self._refusal = None
+
+    def _put_up(self, refusal: str) -> None:
+        if refusal == self._refusal:
+            return
+        logger.error(refusal)
+        self._refusal = refusal
+        scheduler = self._core.scheduler
+        running = [r for r in scheduler.requests.values() if not r.is_finished()]
+        scheduler.finish_requests(
+            [request.request_id for request in running], RequestStatus.FINISHED_ERROR
+        )
+        self._end(running, refusal)
+
+    def _end(self, requests: Iterable[Request], refusal: str) -> None:
+        by_client = defaultdict[int, list[Request]](list)
+        for request in requests:
+            by_client[request.client_index].append(request)
+        for client, theirs in by_client.items():
+            self._outbox.put_nowait((client, refuse(theirs, refusal)))
+
+    def _forget_computed(self) -> None:
+        """Forget cached prefixes and encoder outputs.
+
+        Requests in flight are preempted: their blocks are cached prefixes too, and the
+        encoder outputs that they count on are gone. They start again with the new
+        weights.
+        """
+        forgotten = self._core.reset_prefix_cache(
+            reset_running_requests=True, reset_connector=True
+        )
+        self._core.reset_encoder_cache()
+        if not forgotten:
+            raise RuntimeError(
+                "New weights are in service, but the prefix cache or that of the KV "
+                "connector could not be reset: it still holds entries of the old ones."
+            )
+
+
+def fence_in_process(core: Any) -> WeightFence:
+    """Return a fence for an engine core that its client steps, and asks for outputs."""
+    return WeightFence(core, queue.Queue())
+
+
+def fence_in_background(core: Any) -> WeightFence:
+    """Return a fence for an engine core that sends its outputs from a queue."""
+    return WeightFence(core, core.output_queue)
+
+
+def fenced_rpc(collective_rpc: CoreMethod) -> CoreMethod:
+    """Wrap an engine core's RPC to all workers: the fence sees what it did."""
+
+    @wraps(collective_rpc)
+    def watched(core: Any, method: str | Callable, *args: Any, **kwargs: Any) -> Any:
+        reporting = partial(run_and_report, method)
+        replies = collective_rpc(core, reporting, *args, **kwargs)
+        core.weight_fence.observe([reply.states for reply in replies])
+        return results_of(replies, method)
+
+    return watched
+
+
+def fenced_wake_up(wake_up: CoreMethod[P, R]) -> CoreMethod[P, R]:
+    """Wrap an engine core's `wake_up`: weights may be gone after a sleep."""
+
+    @wraps(wake_up)
+    def watched(core: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        result = wake_up(core, *args, **kwargs)
+        core.weight_fence.wake_up()
+        return result
+
+    return watched

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What a worker tells the engine core after an RPC: its result, and its weights' state.
+
+Both travel in one reply, also when the RPC raised. So the engine core knows the state of
+every worker's weights after every RPC, and reads all the replies of a failed one: an
+exception as a reply would leave the other workers' replies in their queues, where the
+next RPC would take them for its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.reload import ReloadStatus, reload_status
+from vllm.v1.serial_utils import run_method
+
+__all__ = ["WorkerReply", "models_of", "results_of", "run_and_report", "weight_states"]
+
+logger = init_logger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerReply:
+    """The outcome of an RPC on one worker.
+
+    Attributes:
+        result: what the RPC returned; None if it raised.
+        error: what it raised. Not every exception can be pickled, so between processes
+            it travels as text.
+        states: the weights' state of this worker's models, the served one first.
+
+    """
+
+    result: Any
+    error: Exception | str | None
+    states: tuple[ReloadStatus, ...]
+
+    def __reduce__(self):
+        error = self.error
+        if isinstance(error, Exception):
+            error = f"{type(error).__name__}: {error}"
+        return type(self), (self.result, error, self.states)
+
+
+def run_and_report(
+    method: str | Callable[..., Any], worker: Any, /, *args: Any, **kwargs: Any
+) -> WorkerReply:
+    """Run an RPC on a worker and never raise.
+
+    Args:
+        method: name of a worker's method, or a function that takes the worker first.
+        worker: the worker, or its wrapper in an executor.
+        args: positional arguments of the RPC.
+        kwargs: keyword arguments of the RPC.
+
+    """
+    try:
+        result, error = run_method(worker, method, args, kwargs), None
+    except Exception as failure:
+        logger.exception("The RPC %s failed on this worker.", method)
+        result, error = None, failure
+    return WorkerReply(result, error, weight_states(worker))
+
+
+def weight_states(worker: Any) -> tuple[ReloadStatus, ...]:
+    """Return the weights' state of a worker's models, the served one first."""
+    return tuple(reload_status(model) for model in models_of(worker))
+
+
+def models_of(worker: Any) -> list[nn.Module]:
+    """Return the models that a worker serves from: its own and the draft model."""
+    runner = getattr(worker, "model_runner", None)
+    getters = (getattr(runner, name, None) for name in ("get_model", "get_draft_model"))
+    models = [getter() for getter in getters if getter is not None]
+    return [model for model in models if isinstance(model, nn.Module)]
+
+
+def results_of(replies: Sequence[WorkerReply], method: str | Callable) -> list[Any]:
+    """Return what an RPC returned on each rank.
+
+    Raises:
+        Exception: what it raised, where the worker lives in this process.
+        RuntimeError: it raised on a worker in another process; the message names the
+            ranks.
+
+    """
+    failures = {
+        rank: reply.error
+        for rank, reply in enumerate(replies)
+        if reply.error is not None
+    }
+    if not failures:
+        return [reply.result for reply in replies]
+    for error in failures.values():
+        if isinstance(error, Exception):
+            raise error
+    ranks = [f"rank {rank}: {error}" for rank, error in failures.items()]
+    raise RuntimeError(
+        f"{method} failed on {len(failures)} of {len(replies)} workers; their stack "
+        "traces are in the log above.\n" + "\n".join(ranks)
+    )

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A worker's weight update session, from start to finish, on all ranks or on none.
+
+Each decorator here wraps one RPC of the worker. At the end of each RPC all ranks agree
+on whether it succeeded. If it failed anywhere, every rank drops the open sync and its
+session, and the next one may start.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from vllm.model_executor.model_loader.reload import (
+    abort_layerwise_reload,
+    mark_inconsistent,
+)
+from vllm.model_executor.model_loader.reload.agreement import agree_across_ranks
+from vllm.v1.worker.weight_report import models_of
+
+__all__ = ["continues_session", "drops_weights", "opens_session", "reloads_at_once"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+WorkerRpc = Callable[Concatenate[Any, P], R]
+
+
+def opens_session(start: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
+    """Wrap the RPC that starts a session.
+
+    Started while another session is open it fails, and that one stays open.
+    """
+
+    @wraps(start)
+    def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        with _on_all_ranks(worker, closes=not worker._weight_update_active):
+            return start(worker, *args, **kwargs)
+
+    return agreed
+
+
+def continues_session(step: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
+    """Wrap an RPC that needs an open session: a chunk, or the finish.
+
+    Without one it fails, and leaves alone what was opened past the engine's API.
+    """
+
+    @wraps(step)
+    def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        with _on_all_ranks(worker, closes=worker._weight_update_active):
+            return step(worker, *args, **kwargs)
+
+    return agreed
+
+
+def reloads_at_once(reload: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
+    """Wrap an RPC that is a whole weight sync by itself."""
+
+    @wraps(reload)
+    def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        with _on_all_ranks(worker, closes=True):
+            return reload(worker, *args, **kwargs)
+
+    return agreed
+
+
+def drops_weights(sleep: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
+    """Wrap `sleep(level)`, which at level 2 throws the weights away."""
+
+    @wraps(sleep)
+    def marked(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        result = sleep(worker, *args, **kwargs)
+        level = args[0] if args else kwargs.get("level", 1)
+        if level == 2:
+            _mark_dropped(worker)
+        return result
+
+    return marked
+
+
+@contextmanager
+def _on_all_ranks(worker: Any, closes: bool) -> Iterator[None]:
+    """Agree on a block across ranks; if it failed anywhere, close the session here."""
+    try:
+        with agree_across_ranks():
+            yield
+    except BaseException as error:
+        if closes:
+            _close(worker, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _close(worker: Any, reason: str) -> None:
+    for model in models_of(worker):
+        abort_layerwise_reload(model, reason)
+    if not worker._weight_update_active:
+        return
+    worker._weight_update_active = False
+    # Before 0.32 there is no draft model to aim an update at, and nothing to reset.
+    reset = getattr(worker.weight_transfer_engine, "reset_weight_update_target", None)
+    if reset is not None:
+        reset()
+
+
+def _mark_dropped(worker: Any) -> None:
+    """Mark the models whose weights a level 2 sleep dropped.
+
+    It keeps parameters in host memory, and on 0.32 also those that the configuration
+    names. Only a worker that kept them all still has valid weights.
+    """
+    models = models_of(worker)
+    owned = {id(p) for model in models for p in model.parameters() if not p.is_cpu}
+    if len(getattr(worker, "_sleep_saved_parameters", ())) < len(owned):
+        for model in models:
+            mark_inconsistent(model, "a level 2 sleep dropped the weights")
