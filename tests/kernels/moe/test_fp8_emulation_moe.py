@@ -40,31 +40,14 @@ from vllm.model_executor.layers.fused_moe.experts.fp8_emulation_moe import (
     Fp8EmulationExperts,
 )
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
-from vllm.model_executor.layers.fused_moe.oracle.fp8 import (
-    Fp8MoeBackend,
-    convert_to_fp8_moe_kernel_format,
-    make_fp8_moe_kernel,
-    make_fp8_moe_quant_config,
-    select_fp8_moe_backend,
-)
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    GroupShape,
-    QuantKey,
-    create_fp8_quant_key,
-    kFp8Dynamic128Sym,
-    kFp8DynamicTensorSym,
-    kFp8DynamicTokenSym,
-    kFp8Static128BlockSym,
-    kFp8StaticChannelSym,
-    kFp8StaticTensorSym,
-    kMxfp8Static,
-)
+from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
+from vllm.model_executor.layers.quantization.utils import quant_utils as keys
 from vllm.platforms import current_platform
 
 pytestmark = pytest.mark.skipif(
     not current_platform.is_cpu(), reason="emulates FP8 on CPUs only"
 )
-EMULATION = (Fp8MoeBackend.EMULATION, Fp8EmulationExperts)
+EMULATION = (oracle.Fp8MoeBackend.EMULATION, Fp8EmulationExperts)
 
 
 @pytest.fixture(autouse=True)
@@ -188,8 +171,8 @@ def make_kernel(
         fields["w1_bias"] = torch.stack([torch.cat(b[:2]) for b in all_biases])
         fields["w2_bias"] = torch.stack([b[2] for b in all_biases])
     backend, experts_cls = EMULATION
-    quant_config = make_fp8_moe_quant_config(backend, **(fields | options))
-    return make_fp8_moe_kernel(quant_config, moe_config(), experts_cls, backend)
+    quant_config = oracle.make_fp8_moe_quant_config(backend, **(fields | options))
+    return oracle.make_fp8_moe_kernel(quant_config, moe_config(), experts_cls, backend)
 
 
 def apply(
@@ -376,8 +359,8 @@ def test_loading_keeps_the_checkpoint_format():
     experts = Experts.random()
     tensors = experts.w13_EOH, experts.w2_EHI, experts.w13_scale, experts.w2_scale
     layer = SimpleNamespace(weight_block_size=[128, 128])
-    kept = convert_to_fp8_moe_kernel_format(
-        Fp8MoeBackend.EMULATION, layer, *tensors, None, None
+    kept = oracle.convert_to_fp8_moe_kernel_format(
+        oracle.Fp8MoeBackend.EMULATION, layer, *tensors, None, None
     )
     assert all(a is b for a, b in zip(kept, tensors, strict=True))
 
@@ -407,11 +390,11 @@ def test_torch_compile_traces_it():
 
 
 SCHEMES = {
-    "block": (kFp8Static128BlockSym, kFp8Dynamic128Sym),
-    "refined_block": (create_fp8_quant_key(True, GroupShape(64, 64)),) * 2,
-    "tensor": (kFp8StaticTensorSym, kFp8DynamicTensorSym),
-    "static_tensor": (kFp8StaticTensorSym, kFp8StaticTensorSym),
-    "channel": (kFp8StaticChannelSym, kFp8DynamicTokenSym),
+    "block": (keys.kFp8Static128BlockSym, keys.kFp8Dynamic128Sym),
+    "refined_block": (keys.create_fp8_quant_key(True, keys.GroupShape(64, 64)),) * 2,
+    "tensor": (keys.kFp8StaticTensorSym, keys.kFp8DynamicTensorSym),
+    "static_tensor": (keys.kFp8StaticTensorSym, keys.kFp8StaticTensorSym),
+    "channel": (keys.kFp8StaticChannelSym, keys.kFp8DynamicTokenSym),
 }
 
 
@@ -426,45 +409,46 @@ def support_native(monkeypatch):
     return switch
 
 
-@pytest.mark.parametrize("keys", SCHEMES.values(), ids=SCHEMES)
-def test_chosen_where_nothing_native_fits(support_native, keys):
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_chosen_where_nothing_native_fits(support_native, scheme):
     support_native(False)
-    assert select_fp8_moe_backend(moe_config(), *keys) == EMULATION
+    assert oracle.select_fp8_moe_backend(moe_config(), *scheme) == EMULATION
 
 
 def test_steps_aside_for_native_experts(support_native):
     support_native(True)
-    backend, experts = select_fp8_moe_backend(
+    backend, experts = oracle.select_fp8_moe_backend(
         config=moe_config(),
-        weight_key=kFp8Static128BlockSym,
-        activation_key=kFp8Dynamic128Sym,
+        weight_key=keys.kFp8Static128BlockSym,
+        activation_key=keys.kFp8Dynamic128Sym,
         allow_vllm_cutlass=True,
     )
-    assert backend is Fp8MoeBackend.CPU_W8A8
+    assert backend is oracle.Fp8MoeBackend.CPU_W8A8
     assert experts is cpu_moe.CPUExpertsFp8W8A8
 
 
-def not_fp8() -> tuple[FusedMoEConfig, QuantKey]:
-    return moe_config(), kMxfp8Static
+def not_fp8() -> tuple[FusedMoEConfig, keys.QuantKey]:
+    return moe_config(), keys.kMxfp8Static
 
 
-def interleaved() -> tuple[FusedMoEConfig, QuantKey]:
-    return moe_config(activation=MoEActivation.SWIGLUOAI), kFp8Static128BlockSym
+def interleaved() -> tuple[FusedMoEConfig, keys.QuantKey]:
+    return moe_config(activation=MoEActivation.SWIGLUOAI), keys.kFp8Static128BlockSym
 
 
 @pytest.mark.parametrize("case", [not_fp8, interleaved])
 def test_what_it_cannot_serve_is_not_its(support_native, case):
     support_native(False)
     config, weight_key = case()
-    found = select_fp8_moe_backend(config, weight_key, kFp8Dynamic128Sym)
-    assert found == (Fp8MoeBackend.NONE, None)
+    found = oracle.select_fp8_moe_backend(config, weight_key, keys.kFp8Dynamic128Sym)
+    assert found == (oracle.Fp8MoeBackend.NONE, None)
 
 
 def test_other_platforms_keep_their_answer(support_native, monkeypatch):
     support_native(False)
-    monkeypatch.setattr(Fp8EmulationExperts, "_supports_current_device", lambda: False)
-    keys = SCHEMES["block"]
-    assert select_fp8_moe_backend(moe_config(), *keys) == (Fp8MoeBackend.NONE, None)
+    other = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr(fp8_emulation_moe, "current_platform", other)
+    found = oracle.select_fp8_moe_backend(moe_config(), *SCHEMES["block"])
+    assert found == (oracle.Fp8MoeBackend.NONE, None)
 
 
 def test_warns_once():

@@ -170,33 +170,29 @@ def support_native(monkeypatch):
     return switch
 
 
-def select(scale_format: ScaleFormat) -> type:
-    kernels = linear._POSSIBLE_FP8_KERNELS
-    if scale_format.block:
-        kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS
-    return linear.choose_scaled_mm_linear_kernel(
-        kernel_config(scale_format), kernels, quantization="fp8"
-    )
-
-
-@pytest.mark.parametrize("scale_format", [BLOCK_128, TENSOR, CHANNEL], ids=str)
-def test_chosen_only_where_no_native_kernel_fits(support_native, scale_format):
-    support_native(True)
-    assert select(scale_format) is not EmulationFP8ScaledMMLinearKernel
-    support_native(False)
-    assert select(scale_format) is EmulationFP8ScaledMMLinearKernel
-
-
-@pytest.mark.parametrize("scale_format", [BLOCK_128, TENSOR, CHANNEL], ids=str)
-def test_init_fp8_linear_kernel_builds_a_working_one(support_native, scale_format):
-    support_native(False)
-    kernel = linear.init_fp8_linear_kernel(
+def init_kernel(scale_format: ScaleFormat):
+    """Select and build a kernel as the quantisation methods do."""
+    return linear.init_fp8_linear_kernel(
         activation_quant_key=activation_key(scale_format),
         weight_quant_key=weight_key(scale_format),
         input_dtype=torch.bfloat16,
         out_dtype=torch.bfloat16,
         weight_shape=(256, 384),
     )
+
+
+@pytest.mark.parametrize("scale_format", [BLOCK_128, TENSOR, CHANNEL], ids=str)
+def test_steps_aside_for_native_kernels(support_native, scale_format):
+    support_native(True)
+    kernel = init_kernel(scale_format)
+    assert not isinstance(kernel, EmulationFP8ScaledMMLinearKernel)
+
+
+@pytest.mark.parametrize("scale_format", [BLOCK_128, TENSOR, CHANNEL], ids=str)
+def test_chosen_where_nothing_native_fits(support_native, scale_format):
+    support_native(False)
+    kernel = init_kernel(scale_format)
+    assert isinstance(kernel, EmulationFP8ScaledMMLinearKernel)
     matrix = Fp8Matrix.random(256, 384, scale_format)
     x_MK = torch.randn(3, 384, dtype=torch.bfloat16)
     got_MN = kernel.apply_weights(make_layer(matrix), x_MK)

@@ -74,6 +74,6 @@ class EngineWeightState:
 def _mixture(states: Sequence[tuple[ReloadStatus, ...]]) -> str | None:
     for rank, models in enumerate(states):
         for state in models:
-            if state.state == "inconsistent":
+            if state.fenced:
                 return f"rank {rank}: {state.detail}" if len(states) > 1 else state.detail
     return None

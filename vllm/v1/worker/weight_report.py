@@ -8,6 +8,7 @@ exception as a reply would leave the other workers' replies in their queues, whe
 next RPC would take them for its own.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,23 +84,26 @@ def results_of(replies: Sequence[WorkerReply], method: str | Callable) -> list[A
     """Return what an RPC returned on each rank.
 
     Raises:
-        Exception: what it raised, where the worker lives in this process.
-        RuntimeError: it raised on a worker in another process; the message names the
-            ranks.
+        Exception: what it raised, if the worker lives in this process.
+        RuntimeError: it raised on workers in other processes; the message says what,
+            and on which ranks.
 
     """
-    failures = {
-        rank: reply.error
-        for rank, reply in enumerate(replies)
-        if reply.error is not None
-    }
-    if not failures:
+    errors = [reply.error for reply in replies if reply.error is not None]
+    if not errors:
         return [reply.result for reply in replies]
-    for error in failures.values():
-        if isinstance(error, Exception):
-            raise error
-    ranks = [f"rank {rank}: {error}" for rank, error in failures.items()]
+    if isinstance(errors[0], Exception):
+        raise errors[0]
     raise RuntimeError(
-        f"{method} failed on {len(failures)} of {len(replies)} workers; their stack "
-        "traces are in the log above.\n" + "\n".join(ranks)
+        f"The RPC {method} failed on {len(errors)} of {len(replies)} workers, whose "
+        f"stack traces are in the log above.\n{_by_rank(replies)}"
     )
+
+
+def _by_rank(replies: Sequence[WorkerReply]) -> str:
+    """List what the ranks raised, each text once."""
+    ranks = defaultdict[Any, list[str]](list)
+    for rank, reply in enumerate(replies):
+        if reply.error is not None:
+            ranks[reply.error].append(str(rank))
+    return "\n".join(f"rank {', '.join(at)}: {error}" for error, at in ranks.items())

@@ -40,6 +40,18 @@ def checkpoint(tmp_path_factory) -> Callable[[Case, int], Path]:
     return checkpoint
 
 
+@pytest.fixture(scope="package", autouse=True)
+def single_thread() -> Iterator[None]:
+    """Compute in one thread, as a session's tests on tiny tensors should.
+
+    They gain nothing from more, and on a busy machine threads wait long for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def rank() -> Iterator[None]:
     """Be the one rank of vLLM's distributed groups, once a session."""

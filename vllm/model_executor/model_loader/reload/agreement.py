@@ -88,7 +88,7 @@ def agree_across_ranks(
     finally:
         _ballot.reset(token)
         if outer is not None:
-            outer.cast = True
+            pass
 
 
 def worker_axes() -> tuple[dist.ProcessGroup, ...]:
@@ -146,8 +146,8 @@ def _all_gather(
         dist.all_gather(votes, mine, group=axis, async_op=True).wait(timeout)
     except RuntimeError as error:
         raise RankFailedError(
-            f"not all of {axis.size()} ranks voted on the weight update within "
-            f"{timeout.total_seconds():.0f} s: {error}"
+            f"not all of {axis.size()} ranks voted on the weight update (one is gone, "
+            f"or this one waited {timeout.total_seconds():.0f} s): {error}"
         ) from error
     return [_text(other) for other in votes]
 

@@ -3,19 +3,25 @@
 """Watching a model's first load, from its creation to the processing of its weights."""
 
 from collections.abc import Callable
+from weakref import ref
 
 import torch
 
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from .ledger import Box, Ledger
-from .meta import capture_layer_to_meta
+from .meta import (
+    capture_layer_to_meta,
+    is_parameter_alias,
+    parameter_storages,
+    storage_address,
+)
 from .pristine import PristineLayer
 from .recording import FirstLoad, RecordingLoader
 from .registry import get_layerwise_info
 from .scales import is_checkpoint_scale, is_scale
 from .staging import StagedLoader
-from .types import LayerReloadingInfo
+from .types import BufferAlias, LayerReloadingInfo
 from .utils import get_layer_tensors, get_tensor_load_numel
 
 __all__ = ["finish_recording", "original_loader", "owed_by", "start_recording"]
@@ -41,6 +47,8 @@ def start_recording(model: torch.nn.Module) -> None:
         for name, param in layer._parameters.items():
             if param is not None:
                 _record(name, param, info.first_load.setdefault(name, FirstLoad()))
+    for layer in model.modules():
+        _note_aliases(layer)
 
 
 def _capture(
@@ -59,6 +67,23 @@ def _capture(
         if tensor is not None and not tensor.is_meta and tensor.nbytes <= _MAX_KEPT_BYTES
     }
     info.first_load = {}
+    info.aliases = []
+
+
+def _note_aliases(layer: torch.nn.Module) -> None:
+    storages = parameter_storages(layer) if layer._non_persistent_buffers_set else {}
+    for name in layer._non_persistent_buffers_set:
+        buffer = layer._buffers.get(name)
+        if buffer is None or not is_parameter_alias(layer, name, buffer, storages):
+            continue
+        for child in layer.modules():
+            for param_name, param in child._parameters.items():
+                if param is None or storage_address(param) != storage_address(buffer):
+                    continue
+                offset = buffer.storage_offset() - param.storage_offset()
+                geometry = (tuple(buffer.shape), buffer.stride(), offset)
+                alias = BufferAlias(param_name, ref(layer), name, *geometry)
+                get_layerwise_info(child).aliases.append(alias)
 
 
 def _record(name: str, param: torch.Tensor, first_load: FirstLoad) -> None:

@@ -16,11 +16,13 @@ from .utils import get_layer_params_buffers, get_layer_tensors, get_tensor_load_
 __all__ = [
     "capture_layer_to_meta",
     "get_numel_loaded",
+    "like",
     "is_parameter_alias",
     "materialize_layer",
     "materialize_meta_tensor",
     "parameter_storages",
     "restore_layer_on_meta",
+    "storage_address",
     "to_meta_tensor",
 ]
 
@@ -40,7 +42,7 @@ SKIP_TENSORS = SKIP_LOAD_TENSORS | {"bias"}
 
 def to_meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same class, attributes and geometry, without memory."""
-    return _like(tensor.data.to("meta"), tensor)
+    return like(tensor.data.to("meta"), tensor)
 
 
 def materialize_meta_tensor(meta_tensor: torch.Tensor) -> torch.Tensor:
@@ -48,10 +50,11 @@ def materialize_meta_tensor(meta_tensor: torch.Tensor) -> torch.Tensor:
     memory = torch.empty_strided(
         tuple(meta_tensor.shape), meta_tensor.stride(), dtype=meta_tensor.dtype
     )
-    return _like(memory, meta_tensor)
+    return like(memory, meta_tensor)
 
 
-def _like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+def like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """Make `tensor` an instance of the class of `model`, with its attributes."""
     tensor.__class__ = model.__class__
     tensor.__dict__ = dict(model.__dict__)
     return tensor
@@ -59,7 +62,7 @@ def _like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 def parameter_storages(layer: torch.nn.Module) -> set[int]:
     """Addresses of the storages of all parameters of `layer` and its children."""
-    return {p for p in map(_storage_address, layer.parameters()) if p is not None}
+    return {p for p in map(storage_address, layer.parameters()) if p is not None}
 
 
 def is_parameter_alias(
@@ -68,10 +71,11 @@ def is_parameter_alias(
     """Whether `buffer` is only another view of a parameter's memory."""
     if name not in layer._non_persistent_buffers_set:
         return False
-    return _storage_address(buffer) in storages
+    return storage_address(buffer) in storages
 
 
-def _storage_address(tensor: torch.Tensor) -> int | None:
+def storage_address(tensor: torch.Tensor) -> int | None:
+    """Address of a tensor's storage; None if it has no memory."""
     if isinstance(tensor, UninitializedParameter) or tensor.is_meta:
         return None
     try:

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Processing staged layers, aside from those that serve."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -13,6 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from .commit import Commit, prepare_commit
 from .errors import Finding, WeightSyncError
+from .meta import storage_address
 from .pristine import Shadow
 from .registry import get_layerwise_info
 from .scales import invalid_scales
@@ -62,6 +63,7 @@ def prepare_layer(
         children: processed shadows of its children, where they are not yet in service.
 
     """
+    left_behind = list(_aliases_left_behind(staged))
     shadow = _shadow_of(staged, children)
     process_quantized(shadow.layer)
     if is_attention(staged.layer) and model_config is not None:
@@ -70,7 +72,24 @@ def prepare_layer(
     written = {name for name, tensor in staged.buffers.items() if tensor.written}
     touched = {name for name, b in after.items() if shadow.buffers.touched(name, b)}
     keep = after.keys() - written - touched
-    return shadow, prepare_commit(staged.name, shadow, keep)
+    commit = prepare_commit(staged.name, shadow, keep)
+    commit.copies += left_behind
+    return shadow, commit
+
+
+def _aliases_left_behind(
+    staged: StagedLayer,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Buffers that no longer share a parameter's memory, and their new values."""
+    for alias in get_layerwise_info(staged.layer).aliases:
+        owner = alias.layer()
+        buffer = None if owner is None else owner._buffers.get(alias.buffer)
+        param = staged.layer._parameters.get(alias.parameter)
+        if buffer is None or param is None:
+            continue
+        if storage_address(buffer) != storage_address(param):
+            memory = staged.params[alias.parameter].materialize()
+            yield buffer, memory.data.as_strided(alias.shape, alias.stride, alias.offset)
 
 
 def process_quantized(layer: torch.nn.Module) -> None:
@@ -90,14 +109,14 @@ def _shadow_of(
 ) -> Shadow:
     layer = staged.layer
     # Attention layers that received no scales keep those that serve.
-    own = staged.received or not is_attention(layer)
+    own = staged.changed or not is_attention(layer)
     params = (
-        {name: tensor.materialize() for name, tensor in staged.params.items()}
+        {name: tensor.processable() for name, tensor in staged.params.items()}
         if own
         else dict(layer._parameters)
     )
     buffers = {name: _copy_if_small(b) for name, b in layer._buffers.items()}
-    buffers |= {n: t.materialize() for n, t in staged.buffers.items() if t.written}
+    buffers |= {n: t.processable() for n, t in staged.buffers.items() if t.written}
     pristine = get_layerwise_info(layer).pristine
     assert pristine is not None, "record_metadata_for_reloading was never called"
     return pristine.shadow(layer, params, buffers, dict(children))

@@ -43,6 +43,7 @@ class StagedTensor:
         ledger: what is still to be written.
         initial: value it has before anything is loaded, if that matters.
         calls: how this sync called the loader.
+        tied: whether it is a parameter of several layers.
         optional: whether it may come although it is not owed.
         written: the boxes that this sync wrote.
         memory: its memory, once touched.
@@ -58,6 +59,7 @@ class StagedTensor:
     first_load: FirstLoad
     ledger: Ledger
     initial: torch.Tensor | None = None
+    tied: bool = False
     optional: bool = False
     written: set[Box] = field(default_factory=set)
     memory: torch.Tensor | None = None
@@ -75,6 +77,12 @@ class StagedTensor:
             elif not self.ledger.covers(self.meta):
                 self.memory.data.zero_()
         return self.memory
+
+    def processable(self) -> torch.Tensor:
+        """A tensor on the memory that processing may write to or give other memory."""
+        memory = self.materialize()
+        data = memory.data.clone() if self.tied else memory.data
+        return meta_tensors.like(data, memory)
 
     def note_write(self, view: torch.Tensor) -> None:
         """Note that `view`, a view of the memory, was filled with loaded values."""
@@ -200,6 +208,11 @@ class StagedLayer:
         return any(tensor.written for tensor in self.owner_of)
 
     @property
+    def changed(self) -> bool:
+        """Whether this sync wrote any of its tensors, tied ones included."""
+        return any(tensor.written for tensor in self.tensors)
+
+    @property
     def complete(self) -> bool:
         return all(tensor.ledger.complete for tensor in self.tensors)
 
@@ -214,7 +227,7 @@ class StagedLayer:
     @property
     def ready(self) -> bool:
         """Whether the layer can be committed before the sync is finished."""
-        if not self.received or not self.complete:
+        if not self.changed or not self.complete:
             return False
         return not any(tensor.awaited for tensor in self.tensors)
 
@@ -250,8 +263,10 @@ class StagingMode(TorchDispatchMode):
         super().__init__()
         tensors = list(tensors)
         self._by_meta = {t.meta.untyped_storage()._cdata: t for t in tensors}
-        held = [t for t in tensors if t.memory is not None]
-        self._by_memory = {t.memory.untyped_storage()._cdata: t for t in held}
+        self._by_memory: dict[int, StagedTensor] = {}
+        for tensor in tensors:
+            if tensor.memory is not None:
+                self._by_memory[tensor.memory.untyped_storage()._cdata] = tensor
         self._touched: set[StagedTensor] = set()
         self._paused = False
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .first_load import original_loader, owed_by
-from .meta import is_parameter_alias, parameter_storages, to_meta_tensor
+from .meta import to_meta_tensor
 from .recording import FirstLoad
 from .registry import get_layerwise_info
 from .sanitize import restore_layer_refs
@@ -41,16 +41,13 @@ class _StagingArea:
 
     def stage(self, name: str, layer: torch.nn.Module) -> StagedLayer:
         params, buffers = get_layerwise_info(layer).restore_metadata
-        storages = parameter_storages(layer) if layer._buffers else set()
-        live = {n: b for n, b in layer._buffers.items() if b is not None}
         staged = StagedLayer(name, layer, {}, {}, [])
         for param_name, meta in params.items():
             self._stage_parameter(staged, param_name, meta)
-        for buffer_name, buffer in {**buffers, **live}.items():
-            if not is_parameter_alias(layer, buffer_name, buffer, storages):
-                tensor = self._tensor(staged, buffer_name, buffer, is_parameter=False)
-                tensor.initial = live.get(buffer_name)
-                staged.buffers[buffer_name] = tensor
+        for buffer_name, meta in buffers.items():
+            tensor = self._tensor(staged, buffer_name, meta, is_parameter=False)
+            tensor.initial = layer._buffers.get(buffer_name)
+            staged.buffers[buffer_name] = tensor
         return staged
 
     def _stage_parameter(
@@ -61,6 +58,8 @@ class _StagingArea:
             tensor = self._tensor(staged, name, meta, is_parameter=True)
             tensor.initial = get_layerwise_info(staged.layer).created.get(name)
             self._tied[id(meta)] = tensor
+        else:
+            tensor.tied = True
         staged.params[name] = tensor
 
     def _tensor(

@@ -308,7 +308,8 @@ class ReloadTransaction:
                     for name, child in layer.layer.named_children()
                     if child in shadows
                 }
-                if not (layer.received or (changed and is_attention(layer.layer))):
+                derived = bool(changed) and is_attention(layer.layer)
+                if not (derived or (layer.changed and layer.complete)):
                     continue
                 check_staged(layer)
                 shadow, commit = prepare_layer(layer, model_config, changed)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 
@@ -16,10 +17,26 @@ if TYPE_CHECKING:
     from .staging import StagedLayer
     from .transaction import ModelReload
 
-__all__ = ["LayerReloadingInfo", "LayerTensors"]
+__all__ = ["BufferAlias", "LayerReloadingInfo", "LayerTensors"]
 
 # parameters and buffers by name
 LayerTensors = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class BufferAlias:
+    """A buffer, of this layer or a parent, that was created as a view of a parameter.
+
+    Processing may give the parameter other memory; the buffer then keeps the values as
+    they were loaded.
+    """
+
+    parameter: str
+    layer: ref[torch.nn.Module]
+    buffer: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
 
 
 @dataclass
@@ -31,6 +48,7 @@ class LayerReloadingInfo:
         restore_device: device on which to stage them.
         created: create-time values of the small tensors among them, on the CPU.
         first_load: by tensor name, how the first load called its loader.
+        aliases: buffers that were created as views of the layer's parameters.
         pristine: the layer and its quant method as they were before processing.
         staged: the layer's open staging, while it is being loaded.
         kernel_tensors: the tensors that serve, while others stand in their place.
@@ -43,6 +61,7 @@ class LayerReloadingInfo:
     restore_device: torch.device
     created: dict[str, torch.Tensor] = field(default_factory=dict)
     first_load: dict[str, FirstLoad] = field(default_factory=dict)
+    aliases: list[BufferAlias] = field(default_factory=list)
     pristine: PristineLayer | None = None
     staged: StagedLayer | None = None
     kernel_tensors: LayerTensors | None = None

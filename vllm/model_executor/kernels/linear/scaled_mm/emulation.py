@@ -28,9 +28,8 @@ class EmulationFP8ScaledMMLinearKernel(FP8ScaledMMLinearKernel):
     """Dequantises the weight at each call and multiplies in the activations' dtype.
 
     Serves block, tensor and channel scales, FP8 or 16-bit activations. Activations
-    are never quantised: a static `input_scale` is loaded and left unread. The result
-    is nearer to the unquantised model than an FP8 kernel's; it differs from it by
-    the rounding of the activations.
+    are never quantised, so a static `input_scale` is loaded and left unread; an FP8
+    kernel's result differs from this one by the rounding of the activations to FP8.
 
     Weights and scales stay as the checkpoint has them and are read at each call, so
     a weight sync needs no processing here.

@@ -19,16 +19,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+import vllm.model_executor.layers.fused_moe.config as moe
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import (
     MoEActivation,
     apply_moe_activation,
-)
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig,
-    FusedMoEParallelConfig,
-    FusedMoEQuantConfig,
 )
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceNoOP,
@@ -116,15 +112,15 @@ def activate(
 def fp8_emulation_experts(
     output: torch.Tensor,
     x_MH: torch.Tensor,
-    w13_EOH: torch.Tensor,
-    w2_EHI: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2_scale: torch.Tensor,
-    w13_bias_EO: torch.Tensor | None,
-    w2_bias_EH: torch.Tensor | None,
     topk_weights_MT: torch.Tensor,
     topk_ids_MT: torch.Tensor,
     expert_map_G: torch.Tensor | None,
+    w13_EOH: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w13_bias_EO: torch.Tensor | None,
+    w2_EHI: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w2_bias_EH: torch.Tensor | None,
     block_shape: list[int] | None,
     activation: str,
     limit: float | None,
@@ -167,7 +163,7 @@ class Fp8EmulationExperts(mk.FusedMoEExpertsModular):
     """
 
     def __init__(
-        self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig
+        self, moe_config: moe.FusedMoEConfig, quant_config: moe.FusedMoEQuantConfig
     ) -> None:
         super().__init__(moe_config, quant_config)
         logger.warning_once(
@@ -177,10 +173,12 @@ class Fp8EmulationExperts(mk.FusedMoEExpertsModular):
 
     @property
     def expects_unquantized_inputs(self) -> bool:
+        """Whether the step before leaves the activations as they are: yes."""
         return True
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
+        """Tokens in one [M, H] tensor, not sorted by expert."""
         return mk.FusedMoEActivationFormat.Standard
 
     @staticmethod
@@ -189,6 +187,7 @@ class Fp8EmulationExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_no_act_and_mul() -> bool:
+        """Experts without a gate: vLLM has none on a CPU."""
         return False
 
     @staticmethod
@@ -197,7 +196,7 @@ class Fp8EmulationExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_parallel_config(
-        moe_parallel_config: FusedMoEParallelConfig,  # any split of the experts
+        moe_parallel_config: moe.FusedMoEParallelConfig,  # any split of the experts
     ) -> bool:
         return not moe_parallel_config.use_batched_activation_format
 
@@ -217,9 +216,9 @@ class Fp8EmulationExperts(mk.FusedMoEExpertsModular):
         N: int,  # rows of w13
         K: int,  # hidden features
         topk: int,
-        global_num_experts: int,
-        local_num_experts: int,
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        global_num_experts: int,  # G
+        local_num_experts: int,  # E
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,  # left unread
         activation: MoEActivation,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """No workspaces; the output is [M, K]."""
@@ -240,7 +239,7 @@ class Fp8EmulationExperts(mk.FusedMoEExpertsModular):
         a2_scale: torch.Tensor | None,  # left unread
         workspace13: torch.Tensor,  # empty
         workspace2: torch.Tensor,  # empty
-        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,  # left unread
         apply_router_weight_on_input: bool,  # then the weights are in the input
     ) -> None:
         """See `fp8_emulation_experts`."""
@@ -249,15 +248,15 @@ class Fp8EmulationExperts(mk.FusedMoEExpertsModular):
         torch.ops.vllm.fp8_emulation_experts(
             output,
             hidden_states,
-            w1,
-            w2,
-            self.w1_scale,
-            self.w2_scale,
-            self.w1_bias,
-            self.w2_bias,
             topk_weights,
             topk_ids,
             expert_map,
+            w1,
+            self.w1_scale,
+            self.w1_bias,
+            w2,
+            self.w2_scale,
+            self.w2_bias,
             self.block_shape,
             activation.value,
             self.activation_config.clamp_limit,

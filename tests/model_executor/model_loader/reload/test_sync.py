@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""After a good sync a model is bit-identical to a cold load, on every architecture."""
+
+import pytest
+
+from tests.checkpoints import CASES
+from tests.harness.snapshot import assert_same, snapshot
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    reload_status,
+)
+
+
+@pytest.mark.parametrize("policy", ["layer", "model"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_synced_model_equals_cold_load(
+    case, policy, make_model, cold_load, nan_memory, monkeypatch
+):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", policy)
+    model, vllm_config = built = make_model(case, seed=1)
+    for version, seed in enumerate((2, 3), start=1):
+        with built.worker_context():
+            initialize_layerwise_reload(model)
+            model.load_weights(case.tensors(seed))
+            finalize_layerwise_reload(model, vllm_config.model_config)
+        assert reload_status(model).version == version
+    assert_same(snapshot(model), cold_load(case, 3))
