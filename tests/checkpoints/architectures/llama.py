@@ -5,7 +5,7 @@
 from collections.abc import Iterator
 
 from ..case import Architecture
-from ..slots import Part, Sizes, Slot, attention, embedding, gated_mlp, norm
+from ..slots import Part, Sizes, Slot, attention, gated_mlp, norm
 
 
 def _config(sizes: Sizes) -> dict[str, object]:
@@ -27,7 +27,8 @@ def _config(sizes: Sizes) -> dict[str, object]:
 
 
 def _slots(sizes: Sizes) -> Iterator[Slot]:
-    yield embedding("model.embed_tokens", sizes)
+    # Small, since it is the output projection too: else every token answers itself.
+    yield Slot("model.embed_tokens.weight", (sizes.vocab, sizes.hidden))
     for index in range(sizes.layers):
         layer = f"model.layers.{index}"
         yield norm(f"{layer}.input_layernorm", sizes.hidden)

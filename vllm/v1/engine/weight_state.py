@@ -30,9 +30,7 @@ class EngineWeightState:
         """Why these weights must not be served; None if they may."""
         return self.mixture or self.split
 
-    def after(
-        self, states: Sequence[tuple[ReloadStatus, ...]]
-    ) -> "EngineWeightState":
+    def after(self, states: Sequence[tuple[ReloadStatus, ...]]) -> "EngineWeightState":
         """Return the state after an RPC.
 
         Args:
@@ -51,7 +49,7 @@ class EngineWeightState:
     def _moved(self, versions: tuple[int, ...]) -> list[bool]:
         """Tell for each rank whether its version has changed."""
         before = self.versions or (0,) * len(versions)
-        return [new != old for new, old in zip(versions, before)]
+        return [new != old for new, old in zip(versions, before, strict=True)]
 
     def _split_after(self, versions: tuple[int, ...]) -> str | None:
         """Tell whether one RPC committed weights on some ranks only.
@@ -75,5 +73,6 @@ def _mixture(states: Sequence[tuple[ReloadStatus, ...]]) -> str | None:
     for rank, models in enumerate(states):
         for state in models:
             if state.fenced:
-                return f"rank {rank}: {state.detail}" if len(states) > 1 else state.detail
+                place = f"rank {rank}: " if len(states) > 1 else ""
+                return f"{place}{state.detail}"
     return None

@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a worker tells the engine core after an RPC: its result, and its weights' state.
 
-Both travel in one reply, also when the RPC raised. So the engine core knows the state of
-every worker's weights after every RPC, and reads all the replies of a failed one: an
-exception as a reply would leave the other workers' replies in their queues, where the
-next RPC would take them for its own.
+Both travel in one reply, also when the RPC raised. So the engine core knows the state
+of every worker's weights after every RPC, and reads all the replies to a failed one: an
+exception as a reply would leave those of other workers in their queues, where the next
+RPC would take them for its own.
 """
 
 from collections import defaultdict

@@ -189,7 +189,9 @@ def test_an_outer_block_leaves_the_vote_to_the_inner_one(tmp_path):
 
 def test_a_long_text_is_cut(tmp_path):
     first, _ = outcomes(last_rank_raises_a_long_text, tmp_path)
-    assert first.startswith("RankFailedError: rank 1 of 2 failed: ValueError: \u03b1\u03b1")
+    assert first.startswith(
+        "RankFailedError: rank 1 of 2 failed: ValueError: \u03b1\u03b1"
+    )
 
 
 def test_a_world_of_one_needs_no_process_group():

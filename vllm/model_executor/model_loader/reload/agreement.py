@@ -88,7 +88,7 @@ def agree_across_ranks(
     finally:
         _ballot.reset(token)
         if outer is not None:
-            pass
+            outer.cast = True
 
 
 def worker_axes() -> tuple[dist.ProcessGroup, ...]:
@@ -115,7 +115,9 @@ def _vote_failure(
     try:
         _exchange(f"{place} failed: {type(error).__name__}: {error}", axes, timeout)
     except RankFailedError as silence:
-        logger.warning("%s failed, and its vote did not get through: %s", place, silence)
+        logger.warning(
+            "%s failed, and its vote did not get through: %s", place, silence
+        )
 
 
 def _exchange(
@@ -128,9 +130,7 @@ def _exchange(
     return failure
 
 
-def _all_gather(
-    vote: str, axis: dist.ProcessGroup, timeout: timedelta
-) -> list[str]:
+def _all_gather(vote: str, axis: dist.ProcessGroup, timeout: timedelta) -> list[str]:
     """Exchange short texts along one axis.
 
     Raises:

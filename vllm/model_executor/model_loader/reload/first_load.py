@@ -63,8 +63,8 @@ def _capture(
     info.pristine = PristineLayer(layer, tensors)
     info.created = {
         name: tensor.detach().to("cpu", copy=True)
-        for name, tensor in layer._parameters.items()
-        if tensor is not None and not tensor.is_meta and tensor.nbytes <= _MAX_KEPT_BYTES
+        for name, tensor in tensors.items()
+        if not tensor.is_meta and tensor.nbytes <= _MAX_KEPT_BYTES
     }
     info.first_load = {}
     info.aliases = []

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -37,9 +38,14 @@ class _Ref:
 
 @dataclass
 class _Helper:
-    """A helper object and its state when the layer was created."""
+    """A helper object and its state when the layer was created.
 
-    live: Any
+    The object is not kept alive: it reaches, through its kernel's scales and their
+    loaders, the layer itself.
+    """
+
+    live: ref[Any]
+    kind: type
     state: dict[str, Any]
 
 
@@ -105,7 +111,7 @@ class PristineLayer:
         if not _is_helper(value):
             return value
         if key not in self._helpers:
-            helper = self._helpers[key] = _Helper(value, {})
+            helper = self._helpers[key] = _Helper(ref(value), type(value), {})
             helper.state = {k: self._freeze(v) for k, v in vars(value).items()}
         return _Ref(key)
 
@@ -134,9 +140,11 @@ class PristineLayer:
         def revive(key: int) -> Any:
             if key not in known:
                 helper = self._helpers[key]
-                copy = known[key] = helper.live.__class__.__new__(helper.live.__class__)
+                copy = known[key] = helper.kind.__new__(helper.kind)
                 vars(copy).update({k: thaw(v) for k, v in helper.state.items()})
-                shadow.parts.append(ShadowPart(helper.live, copy, Marks(vars(copy))))
+                serving = helper.live()
+                if serving is not None:
+                    shadow.parts.append(ShadowPart(serving, copy, Marks(vars(copy))))
             return known[key]
 
         state = shadow.layer.__dict__

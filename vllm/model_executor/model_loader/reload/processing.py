@@ -12,14 +12,14 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from .commit import Commit, prepare_commit
-from .errors import Finding, WeightSyncError
+from .errors import Finding
 from .meta import storage_address
 from .pristine import Shadow
 from .registry import get_layerwise_info
 from .scales import invalid_scales
 from .staging import StagedLayer
 
-__all__ = ["check_staged", "is_attention", "prepare_layer", "process_quantized"]
+__all__ = ["is_attention", "prepare_layer", "process_quantized", "unservable"]
 
 
 def is_attention(layer: torch.nn.Module) -> bool:
@@ -29,31 +29,27 @@ def is_attention(layer: torch.nn.Module) -> bool:
     return isinstance(layer, kinds) and callable(process)
 
 
-def check_staged(staged: StagedLayer) -> None:
-    """Refuse a layer that must not be served.
+def unservable(staged: StagedLayer) -> list[Finding]:
+    """What is staged of a layer and must not be served.
 
-    Raises:
-        WeightSyncError: a scale is invalid, or a parameter was neither loaded now nor
-            by the first load, so that nobody knows its values.
-
+    A scale may be invalid. A parameter may have been loaded neither now nor by the
+    first load, so that nobody knows its values.
     """
     tensors = {t.name: t.memory for t in staged.tensors if t.memory is not None}
     written = {t.name for t in staged.tensors if t.written}
-    invalid = invalid_scales(staged.name, tensors, written)
     unknown = [
         Finding(staged.name, tensor.name, "never loaded, and created without a value")
         for tensor in staged.params.values()
         if not tensor.written and tensor.initial is None and tensor.meta.numel()
     ]
-    if invalid or unknown:
-        summary = "weight sync brought weights that cannot be served"
-        raise WeightSyncError(summary, missing=unknown, invalid=invalid)
+    return invalid_scales(staged.name, tensors, written) + unknown
 
 
 def prepare_layer(
     staged: StagedLayer,
     model_config: ModelConfig | None,
     children: Mapping[str, torch.nn.Module],
+    renew: bool = False,
 ) -> tuple[Shadow, Commit]:
     """Process a staged layer aside, and pair the result with the layer that serves.
 
@@ -61,17 +57,20 @@ def prepare_layer(
         staged: the layer, complete and not exposed.
         model_config: for attention layers, which process in the model's dtype.
         children: processed shadows of its children, where they are not yet in service.
+        renew: whether nothing that serves is valid, so that what is neither loaded
+            nor made by processing goes back to its create-time value.
 
     """
     left_behind = list(_aliases_left_behind(staged))
-    shadow = _shadow_of(staged, children)
+    shadow = _shadow_of(staged, children, renew)
     process_quantized(shadow.layer)
     if is_attention(staged.layer) and model_config is not None:
         shadow.layer.process_weights_after_loading(model_config.dtype)
     after = shadow.layer._buffers
+    created = get_layerwise_info(staged.layer).created if renew else {}
     written = {name for name, tensor in staged.buffers.items() if tensor.written}
     touched = {name for name, b in after.items() if shadow.buffers.touched(name, b)}
-    keep = after.keys() - written - touched
+    keep = after.keys() - written - touched - created.keys()
     commit = prepare_commit(staged.name, shadow, keep)
     commit.copies += left_behind
     return shadow, commit
@@ -105,17 +104,20 @@ def process_quantized(layer: torch.nn.Module) -> None:
 
 
 def _shadow_of(
-    staged: StagedLayer, children: Mapping[str, torch.nn.Module]
+    staged: StagedLayer, children: Mapping[str, torch.nn.Module], renew: bool
 ) -> Shadow:
     layer = staged.layer
     # Attention layers that received no scales keep those that serve.
-    own = staged.changed or not is_attention(layer)
+    own = renew or staged.changed or not is_attention(layer)
     params = (
         {name: tensor.processable() for name, tensor in staged.params.items()}
         if own
         else dict(layer._parameters)
     )
     buffers = {name: _copy_if_small(b) for name, b in layer._buffers.items()}
+    if renew:
+        created = get_layerwise_info(layer).created
+        buffers |= {n: v.to(b) for n, b in buffers.items() if (v := created.get(n)) is not None}
     buffers |= {n: t.processable() for n, t in staged.buffers.items() if t.written}
     pristine = get_layerwise_info(layer).pristine
     assert pristine is not None, "record_metadata_for_reloading was never called"

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from .agreement import agree_across_ranks
 from .commit import Commit
 from .errors import WeightSyncError
-from .processing import check_staged, is_attention, prepare_layer
+from .processing import is_attention, prepare_layer, unservable
 from .recording import TensorSpec
 from .registry import get_layerwise_info
 from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
@@ -180,7 +180,7 @@ class ReloadTransaction:
         try:
             with agree_across_ranks():
                 self._check_open()
-                self._check_missing()
+                self._check_complete()
                 prepared = self._finish_layers(model_config)
             for layer, commit in prepared:
                 self._apply(layer, commit)
@@ -232,12 +232,15 @@ class ReloadTransaction:
         if self._reload.transaction is not self:
             raise WeightSyncError("no weight sync is open, start one first")
 
-    def _check_missing(self) -> None:
+    def _check_complete(self) -> None:
         owes_all = bool(self._reload.lost)
-        layers = [layer for layer in self._layers if owes_all or layer.received]
-        missing = [finding for layer in layers for finding in layer.missing()]
-        if missing:
-            raise WeightSyncError("weight sync is incomplete", missing=missing)
+        layers = [layer for layer in self._layers if not layer.committed]
+        owed = [layer for layer in layers if owes_all or layer.received]
+        missing = [finding for layer in owed for finding in layer.missing()]
+        invalid = [f for layer in layers if layer.changed for f in unservable(layer)]
+        if missing or invalid:
+            what = "incomplete" if missing else "invalid"
+            raise WeightSyncError(f"weight sync is {what}", missing, invalid)
 
     @contextmanager
     def _staging(self) -> Iterator[None]:
@@ -272,7 +275,11 @@ class ReloadTransaction:
             raise
 
     def commit_ready_layers(self) -> None:
-        """Commit the layers that what was just written has completed."""
+        """Commit the layers that what was just written has completed.
+
+        A layer that is complete and must not be served stays open: what is wrong may
+        be sent again, and is an error at finish.
+        """
         touched = self._mode.take_touched()
         if self._policy is CommitPolicy.MODEL:
             return
@@ -284,12 +291,12 @@ class ReloadTransaction:
         shown = layer.is_shown
         layer.hide()
         with self._aside():
-            check_staged(layer)
-            for tensor in layer.tensors:
-                tensor.close()
-            _, commit = prepare_layer(layer, None, {})
-            self._apply(layer, commit)
-        if shown and not self._exposed:
+            if not unservable(layer):
+                for tensor in layer.tensors:
+                    tensor.close()
+                _, commit = prepare_layer(layer, None, {}, bool(self._reload.lost))
+                self._apply(layer, commit)
+        if shown and not (self._exposed and layer.committed):
             layer.show()
 
     def _finish_layers(
@@ -308,11 +315,13 @@ class ReloadTransaction:
                     for name, child in layer.layer.named_children()
                     if child in shadows
                 }
-                derived = bool(changed) and is_attention(layer.layer)
+                renew = bool(self._reload.lost)
+                derived = is_attention(layer.layer) and (bool(changed) or renew)
                 if not (derived or (layer.changed and layer.complete)):
                     continue
-                check_staged(layer)
-                shadow, commit = prepare_layer(layer, model_config, changed)
+                shadow, commit = prepare_layer(
+                    layer, model_config, changed, renew
+                )
                 if layer.layer in self._deferred:
                     shadows[layer.layer] = shadow.layer
                 elif self._policy is CommitPolicy.LAYER:

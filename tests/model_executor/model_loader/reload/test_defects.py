@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""What a trainer may do wrong: the sync is exact, or it is refused and says why."""
+
+import gc
+import weakref
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from tests.checkpoints import CASES, chunks
+from tests.harness.snapshot import Snapshot, assert_same, snapshot
+from vllm.model_executor.model_loader.reload import (
+    WeightSyncError,
+    abort_layerwise_reload,
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    reload_status,
+)
+
+CASE = CASES["qwen3_moe-fp8_block"]
+EXPERT = "model.layers.0.mlp.experts.0.down_proj.weight"
+SCALE = f"{EXPERT}_scale_inv"
+LAST = "model.layers.1.mlp.experts.0.down_proj.weight"
+Tensors = dict[str, torch.Tensor]
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class Server:
+    """A model that serves seed 1, and a trainer that syncs seed 2 into it."""
+
+    def __init__(self, built, cold_load):
+        self.built = built
+        self.new: Tensors = dict(CASE.tensors(2))
+        self.before = self.serving()
+        self._cold_load = cold_load
+
+    def serving(self) -> Snapshot:
+        """What serves, without the sync that is open."""
+        values = snapshot(self.built.model).items()
+        return {p: value for p, value in values if not p.startswith("load_weights.")}
+
+    def sync(self, *parts: Weights) -> None:
+        self.sync_parts(parts)
+
+    def sync_parts(self, parts: Iterable[Weights]) -> None:
+        model, vllm_config = self.built
+        with self.built.worker_context():
+            initialize_layerwise_reload(model)
+            for part in parts:
+                model.load_weights(part)
+            finalize_layerwise_reload(model, vllm_config.model_config)
+
+    def assert_synced(self) -> None:
+        assert_same(self.serving(), self._cold_load(CASE, 2))
+        assert reload_status(self.built.model).state == "serving"
+
+    def assert_refused(self) -> None:
+        """The old weights serve untouched, or nobody is served until a good sync."""
+        if not reload_status(self.built.model).fenced:
+            assert_same(self.serving(), self.before)
+        self.sync(self.new.items())
+        self.assert_synced()
+
+
+@pytest.fixture(params=["layer", "model"])
+def policy(request, monkeypatch) -> str:
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", request.param)
+    return request.param
+
+
+@pytest.fixture
+def server(policy, make_model, cold_load, nan_memory) -> Server:
+    return Server(make_model(CASE, seed=1), cold_load)
+
+
+def test_missing_scales_are_named(server):
+    weights = {n: t for n, t in server.new.items() if not n.endswith("scale_inv")}
+    with pytest.raises(WeightSyncError, match="expert 0 gate: never sent") as error:
+        server.sync(weights.items())
+    found = {(f.parameter, f.expert, f.shard) for f in error.value.missing}
+    assert ("w13_weight_scale_inv", 3, "up") in found
+    assert ("w2_weight_scale_inv", 3, "down") in found
+    assert not any("norm" in finding.layer for finding in error.value.missing)
+    assert len(str(error.value).splitlines()) <= 20
+    server.assert_refused()
+
+
+def test_scale_without_weight_is_an_error(server):
+    del server.new[EXPERT]
+    with pytest.raises(WeightSyncError, match="w2_weight expert 0 down: never sent"):
+        server.sync(server.new.items())
+    server.new = dict(CASE.tensors(2))
+    server.assert_refused()
+
+
+def test_weight_sent_twice_before_scales(server):
+    weights = [(n, t) for n, t in server.new.items() if not n.endswith("scale_inv")]
+    scales = [(n, t) for n, t in server.new.items() if n.endswith("scale_inv")]
+    server.sync(weights + [(EXPERT, server.new[EXPERT])] + scales)
+    server.assert_synced()
+
+
+def test_chunks_through_one_reused_bucket(server):
+    bucket = torch.empty(1 << 20, dtype=torch.uint8)
+    server.sync_parts(chunks(server.new.items(), 1 << 17, bucket))
+    server.assert_synced()
+
+
+def test_no_tensor_of_the_caller_is_kept(server):
+    model, _ = server.built
+    held = []
+
+    def weights():
+        for name, tensor in CASE.tensors(2):
+            held.append(weakref.ref(tensor))
+            yield name, tensor
+
+    with server.built.worker_context():
+        initialize_layerwise_reload(model)
+        model.load_weights(weights())
+    gc.collect()
+    assert [ref() for ref in held] == [None] * len(server.new)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        pytest.param(lambda t: t[:3, :3].contiguous(), r"got \[3, 3\]", id="short"),
+        pytest.param(lambda t: torch.cat([t, t]), r"expected \[\d+, \d+\]", id="long"),
+        pytest.param(lambda t: t.bfloat16(), "got bfloat16", id="dtype"),
+    ],
+)
+def test_wrong_weight_is_refused_at_once(server, wrong, message):
+    with server.built.worker_context():
+        initialize_layerwise_reload(server.built.model)
+        with pytest.raises(WeightSyncError, match=message):
+            server.built.model.load_weights([(EXPERT, wrong(server.new[EXPERT]))])
+    server.assert_refused()
+
+
+def test_scale_packed_for_another_engine_is_refused(server):
+    packed = server.new[SCALE].repeat(1, 4)[:, :1].contiguous().view(torch.int32)
+    with pytest.raises(WeightSyncError, match="expected float32, got int32"):
+        server.sync([(SCALE, packed.expand_as(server.new[SCALE]))])
+    server.assert_refused()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0])
+def test_invalid_scale_is_refused_before_its_layer_serves(server, value):
+    bad = server.new | {SCALE: torch.full_like(server.new[SCALE], value)}
+    with pytest.raises(WeightSyncError, match="expert 0 down: scale is") as error:
+        server.sync(bad.items())
+    assert {f.parameter for f in error.value.invalid} == {"w2_weight_scale_inv"}
+    now = server.serving()
+    experts = [path for path in now if "layers.0.mlp.experts.routed" in path]
+    assert experts
+    assert_same({p: now[p] for p in experts}, {p: server.before[p] for p in experts})
+    server.assert_refused()
+
+
+def test_invalid_scale_may_be_sent_again(server):
+    bad = server.new | {SCALE: torch.full_like(server.new[SCALE], float("nan"))}
+    server.sync(bad.items(), [(SCALE, server.new[SCALE])])
+    server.assert_synced()
+
+
+def test_zero_scale_over_a_zero_weight_is_served(server):
+    dead = {EXPERT: torch.zeros_like(server.new[EXPERT])}
+    server.sync((server.new | dead | {SCALE: server.new[SCALE] * 0}).items())
+    assert reload_status(server.built.model).state == "serving"
+
+
+def test_scales_may_come_in_another_float_type(server):
+    rounded = {n: t.bfloat16() for n, t in server.new.items() if n.endswith("_inv")}
+    server.sync((server.new | rounded).items())
+    got = server.serving()
+    server.sync((server.new | {n: t.float() for n, t in rounded.items()}).items())
+    assert_same(got, server.serving())
+
+
+def test_equal_repetition_is_ignored(server):
+    server.sync(server.new.items(), [(EXPERT, server.new[EXPERT].clone())])
+    server.assert_synced()
+
+
+def test_other_values_after_the_commit(server, policy):
+    other = dict(CASE.tensors(3))[EXPERT]
+    if policy == "model":
+        server.sync([(EXPERT, other)], server.new.items())
+        server.assert_synced()
+        server.sync(server.new.items(), [(EXPERT, other)])
+        w2 = server.built.model.get_parameter(
+            "model.layers.0.mlp.experts.routed_experts.w2_weight"
+        )
+        assert torch.equal(w2[0].view(torch.uint8), other.view(torch.uint8))
+        return
+    with pytest.raises(WeightSyncError, match="expert 0 down: came again with other"):
+        server.sync(server.new.items(), [(EXPERT, other)])
+    assert reload_status(server.built.model).fenced
+    server.assert_refused()
+
+
+def test_the_callers_own_error_is_raised_unchanged(server):
+    gone = ConnectionResetError("the trainer went away")
+
+    def dies():
+        yield from list(server.new.items())[:20]
+        raise gone
+
+    with pytest.raises(ConnectionResetError) as error:
+        server.sync(dies())
+    assert error.value is gone
+    server.assert_refused()
+
+
+def test_nothing_is_loaded_after_a_failure_until_the_sync_is_closed(server):
+    model, vllm_config = server.built
+    with server.built.worker_context():
+        initialize_layerwise_reload(model)
+        with pytest.raises(WeightSyncError):
+            model.load_weights([(EXPERT, server.new[EXPERT][:3])])
+        with pytest.raises(WeightSyncError, match="was aborted"):
+            model.load_weights(server.new.items())
+        with pytest.raises(WeightSyncError, match="was aborted"):
+            finalize_layerwise_reload(model, vllm_config.model_config)
+    assert_same(server.serving(), server.before)
+    server.assert_refused()
+
+
+def test_old_weights_serve_until_the_end(server, policy):
+    model, _ = server.built
+    with server.built.worker_context():
+        initialize_layerwise_reload(model)
+        model.load_weights(list(server.new.items())[:-1])
+        assert reload_status(model).state == "updating"
+        if policy == "model":
+            assert_same(server.serving(), server.before)
+        abort_layerwise_reload(model, "test")
+    server.assert_refused()
+
+
+def test_another_start_aborts_the_open_sync(server):
+    initialize_layerwise_reload(server.built.model)
+    server.sync(server.new.items())
+    server.assert_synced()
+
+
+def test_layers_that_receive_nothing_keep_their_weights(server):
+    experts = {n: t for n, t in server.new.items() if "layers.0.mlp.experts" in n}
+    server.sync(experts.items())
+    now, cold = server.serving(), server._cold_load(CASE, 2)
+    for path in now:
+        new = "layers.0.mlp.experts.routed_experts." in path
+        assert_same({path: now[path]}, {path: (cold if new else server.before)[path]})
+
+
+def test_addresses_stay(server):
+    def addresses():
+        params = server.built.model.named_parameters()
+        return {name: param.data_ptr() for name, param in params}
+
+    before = addresses()
+    server.sync(server.new.items())
+    assert addresses() == before
+
+
+def test_dummy_weights_owe_everything(policy, make_model, cold_load, nan_memory):
+    model, vllm_config = built = make_model(CASE, seed=1, load_format="dummy")
+    assert reload_status(model).state == "inconsistent"
+    assert not reload_status(model).fenced
+    server = Server(built, cold_load)
+    norm = "model.layers.1.input_layernorm.weight"
+    lacking = {n: t for n, t in server.new.items() if n != norm}
+    with pytest.raises(WeightSyncError, match="layers.1.input_layernorm.weight"):
+        server.sync(lacking.items())
+    server.sync(server.new.items())
+    server.assert_synced()
+
+
+def test_a_model_can_be_freed(make_model):
+    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+    gc.unfreeze()
+    gc.collect()
+    known = len(LAYERWISE_INFO)
+    server = Server(make_model(CASE, seed=1), None)
+    server.sync(server.new.items())
+    model = weakref.ref(server.built.model)
+    del server
+    gc.collect()
+    assert model() is None
+    assert len(LAYERWISE_INFO) <= known, [type(layer) for layer in LAYERWISE_INFO][-4:]

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Sessions of a real worker class, whose engine and model runner are stand-ins."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.reload import (
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+    reload_status,
+)
+from vllm.model_executor.model_loader.reload.agreement import RankFailedError
+from vllm.v1.worker import weight_update_session
+from vllm.v1.worker.gpu_worker import Worker
+
+
+class Model(nn.Linear):
+    """A model that a sync can be opened for; these syncs bring nothing."""
+
+    def load_weights(self, weights) -> None:
+        raise NotImplementedError
+
+
+class Engine:
+    """Opens a sync, and fails where it is told to."""
+
+    supports_draft_weight_update = True
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.fails_at = ""
+        self.resets = 0
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+        self._fail("start")
+
+    def update_weights(self, info: dict) -> None:
+        self._fail("update")
+
+    def finish_weight_update(self) -> None:
+        self._fail("finish")
+
+    def reset_weight_update_target(self) -> None:
+        self.resets += 1
+
+    def _fail(self, step: str) -> None:
+        if self.fails_at == step:
+            raise ValueError(f"{step} failed")
+
+
+class Others:
+    """The other ranks: they vote that a step failed if they are told to."""
+
+    def __init__(self):
+        self.fail = False
+
+    @contextmanager
+    def agree(self):
+        yield
+        if self.fail:
+            raise RankFailedError("rank 1 of 2 failed")
+
+
+@pytest.fixture
+def others(monkeypatch) -> Others:
+    others = Others()
+    monkeypatch.setattr(weight_update_session, "agree_across_ranks", others.agree)
+    return others
+
+
+@pytest.fixture
+def worker() -> Worker:
+    model = Model(2, 2, device="cpu")
+    record_metadata_for_reloading(model)
+    worker = object.__new__(Worker)
+    worker.vllm_config = VllmConfig()
+    worker.weight_transfer_engine = Engine(model)
+    worker._weight_update_active = False
+    worker._weight_update_is_draft = False
+    worker.model_runner = SimpleNamespace(
+        get_model=lambda: model,
+        reset_lora_state=lambda: None,
+        reload_weights=lambda: initialize_layerwise_reload(model),
+    )
+    return worker
+
+
+def state(worker: Worker) -> str:
+    return reload_status(worker.model_runner.get_model()).state
+
+
+def run(worker: Worker, step: str) -> None:
+    if step != "start":
+        worker.start_weight_update()
+    steps = {
+        "start": worker.start_weight_update,
+        "update": lambda: worker.update_weights({}),
+        "finish": worker.finish_weight_update,
+    }
+    steps[step]()
+
+
+STEPS = pytest.mark.parametrize("step", ["start", "update", "finish"])
+
+
+@STEPS
+def test_a_step_that_fails_here_drops_the_sync(step, worker):
+    worker.weight_transfer_engine.fails_at = step
+    with pytest.raises(ValueError, match=f"{step} failed"):
+        run(worker, step)
+    assert state(worker) == "serving"
+    assert not worker._weight_update_active
+    assert worker.weight_transfer_engine.resets == 1
+
+
+@pytest.mark.parametrize("step", ["start", "update"])
+def test_a_step_that_fails_elsewhere_drops_the_sync(step, worker, others):
+    if step == "update":
+        worker.start_weight_update()
+    others.fail = True
+    with pytest.raises(RankFailedError, match="rank 1"):
+        worker.update_weights({}) if step == "update" else worker.start_weight_update()
+    assert state(worker) == "serving"
+    assert not worker._weight_update_active
+    assert worker.weight_transfer_engine.resets == 1
+
+
+@STEPS
+def test_the_next_session_starts_after_a_failure(step, worker):
+    worker.weight_transfer_engine.fails_at = step
+    with pytest.raises(ValueError, match=f"{step} failed"):
+        run(worker, step)
+    worker.weight_transfer_engine.fails_at = ""
+    worker.start_weight_update()
+    assert state(worker) == "updating"
+
+
+def test_a_second_start_is_refused_and_the_first_session_stays_open(worker):
+    worker.start_weight_update()
+    with pytest.raises(RuntimeError, match="already"):
+        worker.start_weight_update()
+    assert worker._weight_update_active
+    assert state(worker) == "updating"
+
+
+@pytest.mark.parametrize("step", ["update", "finish"])
+def test_a_step_without_a_start_leaves_other_syncs_alone(step, worker):
+    initialize_layerwise_reload(worker.model_runner.get_model())
+    with pytest.raises(RuntimeError, match="start_weight_update"):
+        worker.update_weights({}) if step == "update" else worker.finish_weight_update()
+    assert state(worker) == "updating"
+
+
+def test_a_reload_that_fails_elsewhere_is_dropped(worker, others):
+    others.fail = True
+    with pytest.raises(RankFailedError, match="rank 1"):
+        worker.reload_weights()
+    assert state(worker) == "serving"
+
+
+class Sleeper:
+    """A worker that sleeps like one on a GPU: with parameters that are not on a CPU."""
+
+    def __init__(self, kept: tuple[str, ...] = ()):
+        self.model = nn.Linear(2, 2, device="meta")
+        self.model_runner = SimpleNamespace(get_model=lambda: self.model)
+        self._sleep_saved_parameters = dict.fromkeys(kept, torch.empty(0))
+
+    @weight_update_session.drops_weights
+    def sleep(self, level: int = 1) -> None:
+        pass
+
+
+@pytest.mark.parametrize("args, kwargs", [((2,), {}), ((), {"level": 2})])
+def test_a_level_2_sleep_loses_the_weights(args, kwargs):
+    worker = Sleeper()
+    worker.sleep(*args, **kwargs)
+    assert reload_status(worker.model).fenced
+    assert "level 2 sleep" in reload_status(worker.model).detail
+
+
+@pytest.mark.parametrize("args", [(), (1,)])
+def test_a_lighter_sleep_keeps_them(args):
+    worker = Sleeper()
+    worker.sleep(*args)
+    assert not reload_status(worker.model).fenced
+
+
+def test_weights_that_are_all_kept_are_not_lost():
+    worker = Sleeper(kept=("weight", "bias"))
+    worker.sleep(level=2)
+    assert not reload_status(worker.model).fenced
+
+
+def test_weights_of_which_some_are_kept_are_lost():
+    worker = Sleeper(kept=("weight",))
+    worker.sleep(level=2)
+    assert reload_status(worker.model).fenced
