@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
+from tests.checkpoints import Case
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     destroy_distributed_environment,
@@ -18,11 +20,9 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.models import ModelRegistry
-
-from tests.checkpoints import Case
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models import ModelRegistry
 
 
 class Built(NamedTuple):

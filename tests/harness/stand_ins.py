@@ -8,8 +8,13 @@ fork with an emulation load into that emulation.
 
 import pytest
 import torch
+
+from vllm import _custom_ops
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm import pytorch as torch_kernels
 from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
     CompressedTensorsConfig,
 )
@@ -18,11 +23,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-from vllm import _custom_ops
-from vllm.model_executor.kernels import linear
-from vllm.model_executor.kernels.linear.scaled_mm import pytorch as torch_kernels
-from vllm.model_executor.layers.quantization import fp8
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 

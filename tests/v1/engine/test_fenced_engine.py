@@ -2,18 +2,28 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A real engine meets a weight sync that fails half-way, and the next one."""
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from tests.checkpoints import CASES, write_checkpoint
-from vllm import LLM, SamplingParams
-from vllm.model_executor.model_loader.reload import WeightSyncError
-from vllm.v1.engine.refused_output import WeightsInconsistentError
 
 CASE = CASES["llama-bf16"]
-PROMPT = {"prompt_token_ids": [3, 1, 4, 1, 5] * 8}
-GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+OWED = "model.layers.1.self_attn.k_proj.weight"
+
+# Longer than a block of the KV cache, so that its prefix is cached.
+PROMPT = {"prompt_token_ids": [3, 1, 4, 1, 5] * 40}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a request: tokens, or the name and the text of an error."""
+
+    tokens: tuple[int, ...] = ()
+    cached: int = 0
+    error: str = ""
 
 
 def load(worker, seed: int, without: str = "") -> None:
@@ -22,34 +32,55 @@ def load(worker, seed: int, without: str = "") -> None:
     worker.reload_weights(weights_iterator=tensors)
 
 
-def generate(llm: LLM):
-    (output,) = llm.generate([PROMPT], GREEDY, use_tqdm=False)
-    return output
+def serve(folder: Path) -> dict[str, Seen]:
+    """Serve seed 1, fail to sync to seed 2, sync to it, and back."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(folder), enforce_eager=True)
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+    def generate() -> Seen:
+        try:
+            (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+        except Exception as error:
+            return Seen(error=f"{type(error).__name__}: {error}")
+        return Seen(tuple(output.outputs[0].token_ids), output.num_cached_tokens)
+
+    def sync(*args) -> Seen:
+        try:
+            llm.collective_rpc(load, args=args)
+        except Exception as error:
+            return Seen(error=f"{type(error).__name__}: {error}")
+        return Seen()
+
+    return {
+        "old": generate(),
+        "old again": generate(),
+        "failed sync": sync(2, OWED),
+        "refused": generate(),
+        "sync": sync(2),
+        "new": generate(),
+        "sync back": sync(1),
+        "back": generate(),
+    }
 
 
-@pytest.fixture
-def llm(tmp_path: Path, monkeypatch) -> LLM:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    folder = write_checkpoint(CASE, seed=1, folder=tmp_path)
-    return LLM(str(folder), skip_tokenizer_init=True, enforce_eager=True)
+def test_requests_are_refused_from_a_failed_sync_to_a_complete_one(tmp_path):
+    folder = write_checkpoint(CASE, seed=1, folder=tmp_path, tokenizer=True)
+    # An engine leaves process groups and cached settings behind: it gets a process.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        seen = process.submit(serve, folder).result()
 
-
-# An engine leaves process groups and cached settings behind.
-@pytest.mark.forked
-def test_a_failed_sync_is_refused_until_a_complete_one(llm):
-    old = generate(llm).outputs[0].token_ids
-    assert generate(llm).num_cached_tokens > 0
-
-    with pytest.raises(WeightSyncError, match="k_proj"):
-        llm.collective_rpc(load, args=(2, "model.layers.1.self_attn.k_proj.weight"))
-    with pytest.raises(WeightsInconsistentError, match="k_proj"):
-        generate(llm)
-
-    llm.collective_rpc(load, args=(2,))
-    new = generate(llm)
-    assert new.num_cached_tokens == 0
-    assert new.outputs[0].token_ids != old
-
-    llm.collective_rpc(load, args=(1,))
-    assert generate(llm).outputs[0].token_ids == old
+    assert seen["old again"].tokens == seen["old"].tokens
+    assert seen["old again"].cached > 0
+    assert seen["failed sync"].error.startswith("WeightSyncError: ")
+    assert "layers.1.self_attn.qkv_proj" in seen["failed sync"].error
+    assert seen["refused"].error.startswith("WeightsInconsistentError: ")
+    assert "layers.1.self_attn.qkv_proj" in seen["refused"].error
+    assert seen["sync"] == seen["sync back"] == Seen()
+    assert seen["new"].cached == 0
+    assert seen["new"].tokens not in ((), seen["old"].tokens)
+    assert seen["back"] == seen["old"]

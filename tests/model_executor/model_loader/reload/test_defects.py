@@ -280,15 +280,11 @@ def test_dummy_weights_owe_everything(policy, make_model, cold_load, nan_memory)
 
 
 def test_a_model_can_be_freed(make_model):
-    from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
-
-    gc.unfreeze()
-    gc.collect()
-    known = len(LAYERWISE_INFO)
     server = Server(make_model(CASE, seed=1), None)
     server.sync(server.new.items())
-    model = weakref.ref(server.built.model)
+    layers = [weakref.ref(layer) for layer in server.built.model.modules()]
     del server
-    gc.collect()
-    assert model() is None
-    assert len(LAYERWISE_INFO) <= known, [type(layer) for layer in LAYERWISE_INFO][-4:]
+    gc.unfreeze()
+    for _ in range(2):  # tensors whose Python half dies first need a second pass
+        gc.collect()
+    assert not [layer() for layer in layers if layer() is not None]

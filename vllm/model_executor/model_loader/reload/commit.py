@@ -22,7 +22,17 @@ from .pristine import Shadow, ShadowPart
 
 __all__ = ["Commit", "prepare_commit"]
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, type)
+_PLAIN: tuple[type, ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    Enum,
+    type,
+)
 _PLAIN += (torch.dtype, torch.device, torch.Size, torch.memory_format)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -107,7 +117,9 @@ class _Pairing:
         if type(live) is not type(new):
             if live is None or _is_function(new):
                 return new
-            kinds = f"{type(live).__name__} serves, processing made {type(new).__name__}"
+            kinds = (
+                f"{type(live).__name__} serves, processing made {type(new).__name__}"
+            )
             raise self._refuse(path, kinds)
         self.same[key] = live
         return self._pair_containers(live, new, path)

@@ -3,6 +3,7 @@
 """Watching a model's first load, from its creation to the processing of its weights."""
 
 from collections.abc import Callable
+from typing import Any
 from weakref import ref
 
 import torch
@@ -24,7 +25,13 @@ from .staging import StagedLoader
 from .types import BufferAlias, LayerReloadingInfo
 from .utils import get_layer_tensors, get_tensor_load_numel
 
-__all__ = ["finish_recording", "original_loader", "owed_by", "start_recording"]
+__all__ = [
+    "finish_recording",
+    "original_loader",
+    "owed_by",
+    "set_loader",
+    "start_recording",
+]
 
 # Scales of activations, norms and the like: cheap to keep, and all that loaders read.
 _MAX_KEPT_BYTES = 1 << 14
@@ -36,6 +43,11 @@ def original_loader(tensor: torch.Tensor) -> Callable:
     while isinstance(loader, RecordingLoader | StagedLoader):
         loader = loader.original
     return loader
+
+
+def set_loader(tensor: Any, loader: Callable) -> None:
+    """Give a tensor a weight loader, which is an attribute that torch cannot know."""
+    tensor.weight_loader = loader
 
 
 def start_recording(model: torch.nn.Module) -> None:
@@ -67,11 +79,14 @@ def _capture(
         if not tensor.is_meta and tensor.nbytes <= _MAX_KEPT_BYTES
     }
     info.first_load = {}
+    info.recording = True
     info.aliases = []
 
 
 def _note_aliases(layer: torch.nn.Module) -> None:
-    storages = parameter_storages(layer) if layer._non_persistent_buffers_set else {}
+    if not layer._non_persistent_buffers_set:
+        return
+    storages = parameter_storages(layer)
     for name in layer._non_persistent_buffers_set:
         buffer = layer._buffers.get(name)
         if buffer is None or not is_parameter_alias(layer, name, buffer, storages):
@@ -80,9 +95,9 @@ def _note_aliases(layer: torch.nn.Module) -> None:
             for param_name, param in child._parameters.items():
                 if param is None or storage_address(param) != storage_address(buffer):
                     continue
-                offset = buffer.storage_offset() - param.storage_offset()
-                geometry = (tuple(buffer.shape), buffer.stride(), offset)
-                alias = BufferAlias(param_name, ref(layer), name, *geometry)
+                offset = int(buffer.storage_offset() - param.storage_offset())
+                shape, stride = tuple(buffer.shape), buffer.stride()
+                alias = BufferAlias(param_name, ref(layer), name, shape, stride, offset)
                 get_layerwise_info(child).aliases.append(alias)
 
 
@@ -92,7 +107,7 @@ def _record(name: str, param: torch.Tensor, first_load: FirstLoad) -> None:
         # It fills the parameter; only scales of activations may be absent.
         first_load.bypassed = is_checkpoint_scale(name) or not is_scale(name)
     elif not isinstance(loader, RecordingLoader):
-        param.weight_loader = RecordingLoader(loader, first_load, param._version)
+        set_loader(param, RecordingLoader(loader, first_load, param._version))
 
 
 def finish_recording(model: torch.nn.Module) -> bool:
@@ -105,12 +120,15 @@ def finish_recording(model: torch.nn.Module) -> bool:
     loaded = False
     for layer in model.modules():
         info = get_layerwise_info(layer)
+        if not info.recording:
+            continue
+        info.recording = False
         for name, tensor in get_layer_tensors(layer).items():
             first_load = info.first_load.get(name, FirstLoad())
             loader = getattr(tensor, "weight_loader", None)
             if isinstance(loader, RecordingLoader):
                 loader.close(tensor._version)
-                tensor.weight_loader = loader.original
+                set_loader(tensor, loader.original)
             elif not first_load.seen and name in info.created:
                 first_load.bypassed = not _same(tensor, info.created[name])
             loaded |= bool(first_load.calls)

@@ -142,7 +142,9 @@ def finalize_layerwise_processing(
     model: torch.nn.Module, model_config: ModelConfig | None
 ) -> None:
     """Process the layers that a first load left open, attention after the others."""
-    layers = [layer for layer in model.modules() if get_layerwise_info(layer).can_load()]
+    layers = [
+        layer for layer in model.modules() if get_layerwise_info(layer).can_load()
+    ]
     for layer in sorted(layers, key=is_attention):
         staged = get_layerwise_info(layer).staged
         if isinstance(staged, OnlineLoad):

@@ -82,7 +82,9 @@ class Ledger:
     def _owe(self, lane: int, box: Box) -> None:
         fresh = [box]
         for known in self._open.get(lane, ()):
-            fresh = [p for f in fresh for p in (f.minus(known) if f.meets(known) else [f])]
+            fresh = [
+                p for f in fresh for p in (f.minus(known) if f.meets(known) else [f])
+            ]
         self._open.setdefault(lane, []).extend(fresh)
         self._owed_numel += sum(part.numel for part in fresh)
 
@@ -139,7 +141,7 @@ def boxes_of_view(view: torch.Tensor, owner: torch.Tensor) -> list[Box]:
     """
     if view.numel() == 0:
         return []
-    offset = view.storage_offset() - owner.storage_offset()
+    offset = int(view.storage_offset() - owner.storage_offset())
     runs = [(s, n) for s, n in zip(view.stride(), view.shape) if n > 1]
     if owner.is_contiguous() and len(runs) == 1 and runs[0][0] == 1:
         return _boxes_of_interval(offset, offset + runs[0][1], tuple(owner.shape))

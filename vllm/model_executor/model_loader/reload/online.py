@@ -11,9 +11,9 @@ import torch
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
-from .first_load import original_loader, owed_by
+from .first_load import original_loader, owed_by, set_loader
 from .meta import SKIP_LOAD_TENSORS, to_meta_tensor
-from .processing import is_attention, process_quantized
+from .processing import is_attention, process_attention, process_quantized
 from .recording import FirstLoad, RecordingLoader
 from .staging import StagedLoader, StagedTensor, StagingMode
 from .types import LayerReloadingInfo
@@ -70,7 +70,7 @@ class OnlineLoad:
         if received or not is_attention(layer):
             self._process()
         if is_attention(layer) and model_config is not None:
-            layer.process_weights_after_loading(model_config.dtype)
+            process_attention(layer, model_config)
         self._info.reset()
 
     def _watch_new_tensors(self) -> None:
@@ -94,7 +94,7 @@ class OnlineLoad:
         if isinstance(outer, RecordingLoader):
             outer.original = loader
         else:
-            tensor.weight_loader = loader
+            set_loader(tensor, loader)
 
     def _run(self, loader: StagedLoader, args: tuple, kwargs: dict[str, Any]) -> Any:
         layer = self._layer()
@@ -135,4 +135,4 @@ def _restore_loader(tensor: torch.Tensor) -> None:
     if isinstance(loader, RecordingLoader):
         loader.original = original_loader(tensor)
     elif isinstance(loader, StagedLoader):
-        tensor.weight_loader = loader.original
+        set_loader(tensor, loader.original)

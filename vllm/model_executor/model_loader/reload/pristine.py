@@ -12,7 +12,7 @@ that have a `process_weights_after_loading` of their own: quant methods, schemes
 kernels, attention implementations. Everything else is shared with the live layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -52,7 +52,7 @@ class _Helper:
 class Marks:
     """Values as they were, to tell later which of them processing touched."""
 
-    def __init__(self, values: dict[str, Any]):
+    def __init__(self, values: Mapping[str, Any]):
         self._marks = {name: _mark(value) for name, value in values.items()}
 
     def touched(self, name: str, value: Any) -> bool:
@@ -118,19 +118,23 @@ class PristineLayer:
     def shadow(
         self,
         live: torch.nn.Module,
-        params: dict[str, torch.Tensor],
-        buffers: dict[str, torch.Tensor],
+        params: Mapping[str, torch.Tensor | None],
+        buffers: Mapping[str, torch.Tensor | None],
         children: dict[str, torch.nn.Module],
     ) -> Shadow:
         """A shadow of `live` around these tensors and children."""
-        shadow = Shadow(live.__class__.__new__(live.__class__), Marks(buffers))
+        shadow = Shadow(object.__new__(type(live)), Marks(buffers))
         known: dict[int, Any] = {self._layer_key: shadow.layer}
         for key, name in self._tensor_names.items():
             known[key] = params.get(name, buffers.get(name))
 
         def thaw(value: Any) -> Any:
             if isinstance(value, _Ref):
-                return revive(value.key) if value.key in self._helpers else known[value.key]
+                return (
+                    revive(value.key)
+                    if value.key in self._helpers
+                    else known[value.key]
+                )
             if isinstance(value, MethodType) and isinstance(value.__self__, _Ref):
                 return MethodType(value.__func__, known[value.__self__.key])
             if type(value) in (dict, list, tuple, set):
@@ -140,7 +144,8 @@ class PristineLayer:
         def revive(key: int) -> Any:
             if key not in known:
                 helper = self._helpers[key]
-                copy = known[key] = helper.kind.__new__(helper.kind)
+                copy: Any = object.__new__(helper.kind)
+                known[key] = copy
                 vars(copy).update({k: thaw(v) for k, v in helper.state.items()})
                 serving = helper.live()
                 if serving is not None:

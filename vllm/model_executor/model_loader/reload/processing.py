@@ -3,6 +3,7 @@
 """Processing staged layers, aside from those that serve."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ def prepare_layer(
     shadow = _shadow_of(staged, children, renew)
     process_quantized(shadow.layer)
     if is_attention(staged.layer) and model_config is not None:
-        shadow.layer.process_weights_after_loading(model_config.dtype)
+        process_attention(shadow.layer, model_config)
     after = shadow.layer._buffers
     created = get_layerwise_info(staged.layer).created if renew else {}
     written = {name for name, tensor in staged.buffers.items() if tensor.written}
@@ -88,7 +89,15 @@ def _aliases_left_behind(
             continue
         if storage_address(buffer) != storage_address(param):
             memory = staged.params[alias.parameter].materialize()
-            yield buffer, memory.data.as_strided(alias.shape, alias.stride, alias.offset)
+            yield (
+                buffer,
+                memory.data.as_strided(alias.shape, alias.stride, alias.offset),
+            )
+
+
+def process_attention(layer: Any, model_config: ModelConfig) -> None:
+    """Let an attention layer derive its tensors, in the model's dtype."""
+    layer.process_weights_after_loading(model_config.dtype)
 
 
 def process_quantized(layer: torch.nn.Module) -> None:
@@ -117,7 +126,9 @@ def _shadow_of(
     buffers = {name: _copy_if_small(b) for name, b in layer._buffers.items()}
     if renew:
         created = get_layerwise_info(layer).created
-        buffers |= {n: v.to(b) for n, b in buffers.items() if (v := created.get(n)) is not None}
+        buffers |= {
+            n: v.to(b) for n, b in buffers.items() if (v := created.get(n)) is not None
+        }
     buffers |= {n: t.processable() for n, t in staged.buffers.items() if t.written}
     pristine = get_layerwise_info(layer).pristine
     assert pristine is not None, "record_metadata_for_reloading was never called"

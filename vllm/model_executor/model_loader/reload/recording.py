@@ -180,4 +180,3 @@ class _MetaWrites(TorchDispatchMode):
         if wrote(func, args) and args[0].untyped_storage()._cdata == self._storage:
             self.boxes += boxes_of_view(args[0], self._param)
         return func(*args, **(kwargs or {}))
-

@@ -55,7 +55,10 @@ def _where(box: Box, tensor: torch.Tensor, first: int, shard: str | None = None)
             (whole.start[0], begin, *whole.start[2:]),
             (whole.stop[0], end, *whole.stop[2:]),
         )
-    if box.start[first:] == whole.start[first:] and box.stop[first:] == whole.stop[first:]:
+    if (
+        box.start[first:] == whole.start[first:]
+        and box.stop[first:] == whole.stop[first:]
+    ):
         return ""
     ranges = [f"{a}:{b}" for a, b in zip(box.start[first:], box.stop[first:])]
     return f" at [{', '.join(ranges)}]"

@@ -23,7 +23,9 @@ from .regions import describe
 __all__ = ["invalid_scales", "is_checkpoint_scale", "is_scale", "weight_of_scale"]
 
 _SCALE = re.compile(r"(?:^|_)scale(?:_inv|_2)?$")
-_WEIGHT_SCALE = re.compile(r"(?P<weight>(?:^|.*_)weight)(?:_global)?_scale(?:_inv|_2)?$")
+_WEIGHT_SCALE = re.compile(
+    r"(?P<weight>(?:^|.*_)weight)(?:_global)?_scale(?:_inv|_2)?$"
+)
 _FP8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2}
 # A tensor full of NaN needs no list of all of them.
 _MAX_FINDINGS = 64
@@ -41,7 +43,7 @@ def weight_of_scale(name: str) -> str | None:
 
 
 def is_checkpoint_scale(name: str) -> bool:
-    """Whether a checkpoint always brings this scale: weight scales, not activations'."""
+    """Whether every checkpoint brings this scale: a weight's, not an activation's."""
     return weight_of_scale(name) is not None
 
 
@@ -75,7 +77,9 @@ def _as_float(scale: torch.Tensor) -> torch.Tensor:
     """Values of a scale; exponents stored as bytes are read as E8M0."""
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
-    return scale.float() if scale.is_floating_point() else torch.ones_like(scale).float()
+    return (
+        scale.float() if scale.is_floating_point() else torch.ones_like(scale).float()
+    )
 
 
 def _findings(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .first_load import original_loader, owed_by
+from .first_load import original_loader, owed_by, set_loader
 from .meta import to_meta_tensor
 from .recording import FirstLoad
 from .registry import get_layerwise_info
@@ -72,6 +72,6 @@ class _StagingArea:
         device = info.restore_device
         tensor = StagedTensor(staged.name, name, meta, device, first_load, ledger)
         tensor.optional = meta.is_floating_point() and not self._first_loaded
-        meta.weight_loader = StagedLoader(original_loader(meta), tensor, self._run)
+        set_loader(meta, StagedLoader(original_loader(meta), tensor, self._run))
         staged.owner_of.append(tensor)
         return tensor

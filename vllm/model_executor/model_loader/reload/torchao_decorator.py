@@ -6,8 +6,6 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-import torch
-
 from vllm.config import ModelConfig
 
 from .layerwise import finalize_layerwise_reload, initialize_layerwise_reload
@@ -15,7 +13,7 @@ from .layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 __all__ = ["set_torchao_reload_attrs", "support_quantized_model_reload_from_hp_weights"]
 
 
-def set_torchao_reload_attrs(model: torch.nn.Module, model_config: ModelConfig) -> None:
+def set_torchao_reload_attrs(model: Any, model_config: ModelConfig) -> None:
     """Make every later `load_weights` of `model` a whole sync."""
     model._do_torchao_reload = True
     model._model_config = model_config

@@ -4,15 +4,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+import vllm.envs as envs
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
@@ -26,7 +26,7 @@ from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
 from .staging_area import stage_model
 from .status import ReloadStatus
 
-__all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction"]
+__all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction", "Sync"]
 
 logger = init_logger(__name__)
 
@@ -52,7 +52,21 @@ class CommitPolicy(Enum):
             ValueError: it names no policy.
 
         """
-        return cls(os.environ.get("VLLM_RELOAD_COMMIT", cls.LAYER.value))
+        return cls(envs.VLLM_RELOAD_COMMIT)
+
+
+class Sync(Protocol):
+    """A sync that is under way, of whatever kind."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether weights may still be loaded."""
+
+    def finish(self, model_config: ModelConfig | None) -> None:
+        """Let the new weights serve."""
+
+    def abort(self, reason: str) -> None:
+        """Let the old weights serve."""
 
 
 @dataclass
@@ -72,7 +86,7 @@ class ModelReload:
     first_loaded: bool = False
     lost: str = ""
     dummy: bool = False
-    transaction: ReloadTransaction | None = None
+    transaction: Sync | None = None
 
     @property
     def status(self) -> ReloadStatus:
@@ -94,7 +108,7 @@ class ReloadTransaction:
 
     The layers show their staged tensors during `load_weights` only, so that a model
     serves its old weights between chunks. A model without `load_weights`, or a caller
-    that drives the parameters' loaders itself, sees them until their layer is committed.
+    that drives the parameters' loaders itself, sees them until the layer is committed.
 
     Args:
         model: the model to load into.
@@ -114,7 +128,7 @@ class ReloadTransaction:
         self._model = model
         self._reload = reload
         self._policy = policy
-        self._load_weights = getattr(model, "load_weights", None)
+        self._load_weights: Any = getattr(model, "load_weights", None)
         self._exposed = exposed or self._load_weights is None
         self._layers = stage_model(model, reload.first_loaded, self._run_loader)
         self._layers_of: dict[StagedTensor, list[StagedLayer]] = {}
@@ -284,7 +298,11 @@ class ReloadTransaction:
         if self._policy is CommitPolicy.MODEL:
             return
         for layer in {layer: None for t in touched for layer in self._layers_of[t]}:
-            if not layer.committed and layer.ready and layer.layer not in self._deferred:
+            if (
+                not layer.committed
+                and layer.ready
+                and layer.layer not in self._deferred
+            ):
                 self._commit_now(layer)
 
     def _commit_now(self, layer: StagedLayer) -> None:
@@ -302,7 +320,7 @@ class ReloadTransaction:
     def _finish_layers(
         self, model_config: ModelConfig | None
     ) -> list[tuple[StagedLayer, Commit]]:
-        """Process the layers that are left; commit them unless all wait for the last."""
+        """Process the layers that are left, and commit those that need not wait."""
         prepared: list[tuple[StagedLayer, Commit]] = []
         shadows: dict[torch.nn.Module, torch.nn.Module] = {}
         left = [layer for layer in self._layers if not layer.committed]
@@ -319,9 +337,7 @@ class ReloadTransaction:
                 derived = is_attention(layer.layer) and (bool(changed) or renew)
                 if not (derived or (layer.changed and layer.complete)):
                     continue
-                shadow, commit = prepare_layer(
-                    layer, model_config, changed, renew
-                )
+                shadow, commit = prepare_layer(layer, model_config, changed, renew)
                 if layer.layer in self._deferred:
                     shadows[layer.layer] = shadow.layer
                 elif self._policy is CommitPolicy.LAYER:
@@ -380,7 +396,7 @@ class _Source:
             yield name, tensor
             self._transaction.commit_ready_layers()
 
-    def explain(self, error: Exception) -> WeightSyncError:
+    def explain(self, error: BaseException) -> WeightSyncError:
         """The error of a loader, in terms of the tensor that it was loading."""
         reason = str(error) or type(error).__name__
         return WeightSyncError(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
 import torch
@@ -14,13 +14,20 @@ from .recording import FirstLoad
 
 if TYPE_CHECKING:
     from .pristine import PristineLayer
-    from .staging import StagedLayer
     from .transaction import ModelReload
 
-__all__ = ["BufferAlias", "LayerReloadingInfo", "LayerTensors"]
+__all__ = ["BufferAlias", "LayerReloadingInfo", "LayerTensors", "OpenLayer"]
 
 # parameters and buffers by name
 LayerTensors = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+class OpenLayer(Protocol):
+    """Whatever a layer is being loaded through."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Accelerator memory that its staging holds."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class LayerReloadingInfo:
         restore_metadata: parameters and buffers as created, on the meta device.
         restore_device: device on which to stage them.
         created: create-time values of the small tensors among them, on the CPU.
+        recording: whether a first load is being watched.
         first_load: by tensor name, how the first load called its loader.
         aliases: buffers that were created as views of the layer's parameters.
         pristine: the layer and its quant method as they were before processing.
@@ -60,10 +68,11 @@ class LayerReloadingInfo:
     restore_metadata: LayerTensors
     restore_device: torch.device
     created: dict[str, torch.Tensor] = field(default_factory=dict)
+    recording: bool = False
     first_load: dict[str, FirstLoad] = field(default_factory=dict)
     aliases: list[BufferAlias] = field(default_factory=list)
     pristine: PristineLayer | None = None
-    staged: StagedLayer | None = None
+    staged: OpenLayer | None = None
     kernel_tensors: LayerTensors | None = None
     kernel_non_persistent_buffers: set[str] = field(default_factory=set)
     model: ModelReload | None = None

@@ -22,7 +22,9 @@ _HOST_DEVICES = ("cpu", "meta")
 
 def get_layer_params_buffers(layer: torch.nn.Module) -> LayerTensors:
     """Parameters and buffers registered on `layer` itself, by name."""
-    params = {name: p for name, p in layer._parameters.items() if p is not None}
+    params: dict[str, torch.Tensor] = {
+        name: p for name, p in layer._parameters.items() if p is not None
+    }
     buffers = {name: b for name, b in layer._buffers.items() if b is not None}
     return params, buffers
 

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Environment variables of the weight sync, for `vllm.envs`."""
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+__all__ = ["VARIABLES", "not_compile_factors"]
+
+VARIABLES: dict[str, Callable[[], Any]] = {
+    # When synced layers start to serve: "layer", each once it is complete, or "model",
+    # all of them at the end, which costs memory for a second model.
+    "VLLM_RELOAD_COMMIT": lambda: os.getenv("VLLM_RELOAD_COMMIT", "layer"),
+}
+
+
+def not_compile_factors(
+    compile_factors: Callable[[], dict[str, object]],
+) -> Callable[[], dict[str, object]]:
+    """Keep these variables out of the keys of compiled graphs."""
+
+    @wraps(compile_factors)
+    def without_variables() -> dict[str, object]:
+        factors = compile_factors()
+        return {k: v for k, v in factors.items() if k not in VARIABLES}
+
+    return without_variables
