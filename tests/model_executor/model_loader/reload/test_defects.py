@@ -288,3 +288,23 @@ def test_a_model_can_be_freed(make_model):
     for _ in range(2):  # tensors whose Python half dies first need a second pass
         gc.collect()
     assert not [layer() for layer in layers if layer() is not None]
+
+
+def test_tensors_that_came_to_share_memory_must_stay_equal(policy, make_model):
+    """A repeated output projection was tied on load; another checkpoint differs."""
+    model, vllm_config = built = make_model(CASE, seed=1)
+    norms = [model.model.layers[i].input_layernorm for i in (0, 1)]
+    norms[1].weight = norms[0].weight
+    new = dict(CASE.tensors(2))
+    with built.worker_context():
+        initialize_layerwise_reload(model)
+        with pytest.raises(WeightSyncError, match="whose memory it shares"):
+            model.load_weights(new.items())
+            finalize_layerwise_reload(model, vllm_config.model_config)
+        abort_layerwise_reload(model, "test")
+        initialize_layerwise_reload(model)
+        name = "model.layers.{}.input_layernorm.weight"
+        new[name.format(1)] = new[name.format(0)]
+        model.load_weights(new.items())
+        finalize_layerwise_reload(model, vllm_config.model_config)
+    assert torch.equal(norms[1].weight, new[name.format(0)])

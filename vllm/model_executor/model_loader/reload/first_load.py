@@ -78,7 +78,8 @@ def _capture(
         for name, tensor in tensors.items()
         if not tensor.is_meta and tensor.nbytes <= _MAX_KEPT_BYTES
     }
-    info.first_load = {}
+    if not info.recording:  # a model inside a model is created, and noted, first
+        info.first_load = {}
     info.recording = True
     info.aliases = []
 

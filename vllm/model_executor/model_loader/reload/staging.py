@@ -273,11 +273,11 @@ class StagingMode(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Let operators through, for work that is not loading."""
-        self._paused = True
+        was_paused, self._paused = self._paused, True
         try:
             yield
         finally:
-            self._paused = False
+            self._paused = was_paused
 
     def take_touched(self) -> set[StagedTensor]:
         """The tensors written since this was last asked."""

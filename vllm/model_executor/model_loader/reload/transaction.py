@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -139,6 +139,7 @@ class ReloadTransaction:
         self._deferred = {child for layer in attention for child in layer.children()}
         self._deferred.update(attention)
         self._mode = StagingMode(self._layers_of)
+        self._claimed: dict[int, torch.Tensor] = {}
         self._loading = False
         self._failure: str | None = None
 
@@ -170,7 +171,7 @@ class ReloadTransaction:
 
         """
         self._check_open()
-        source = _Source(weights, self)
+        source = _Source(weights, self._mode, self.commit_ready_layers)
         try:
             with self._staging():
                 result = self._load_weights(iter(source), *args, **kwargs)
@@ -198,6 +199,7 @@ class ReloadTransaction:
                 prepared = self._finish_layers(model_config)
             for layer, commit in prepared:
                 self._apply(layer, commit)
+            self._process_model()
         except BaseException as error:
             self.abort(str(error))
             raise
@@ -313,6 +315,7 @@ class ReloadTransaction:
                 for tensor in layer.tensors:
                     tensor.close()
                 _, commit = prepare_layer(layer, None, {}, bool(self._reload.lost))
+                self._check_shared(commit)
                 self._apply(layer, commit)
         if shown and not (self._exposed and layer.committed):
             layer.show()
@@ -338,6 +341,7 @@ class ReloadTransaction:
                 if not (derived or (layer.changed and layer.complete)):
                     continue
                 shadow, commit = prepare_layer(layer, model_config, changed, renew)
+                self._check_shared(commit)
                 if layer.layer in self._deferred:
                     shadows[layer.layer] = shadow.layer
                 elif self._policy is CommitPolicy.LAYER:
@@ -346,11 +350,35 @@ class ReloadTransaction:
                 prepared.append((layer, commit))
         return prepared
 
+    def _process_model(self) -> None:
+        """Run the model's own hook, which a cold load runs after all layers."""
+        hook = getattr(self._model, "process_weights_after_loading", None)
+        if callable(hook) and not is_attention(self._model):
+            hook()
+
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """For processing: no staging, no autograd, tensors that can be told changed."""
         with self._mode.paused(), torch.inference_mode(False), torch.no_grad():
             yield
+
+    def _check_shared(self, commit: Commit) -> None:
+        """Refuse to serve two different tensors from one memory.
+
+        Loading ties an output projection to the embedding where a checkpoint repeats
+        it; the next checkpoint may not.
+        """
+        for live, new in commit.copies:
+            other = self._claimed.get(live.data_ptr())
+            if other is not None and not _same_bytes(other, new):
+                raise WeightSyncError(
+                    f"weight sync sends {commit.layer} values that differ from those of "
+                    "the layer whose memory it shares; load the checkpoint anew"
+                )
+        # What will be applied at once is in the live tensor, and not kept twice.
+        at_once = self._policy is CommitPolicy.LAYER
+        for live, new in commit.copies:
+            self._claimed[live.data_ptr()] = live if at_once else new
 
     def _apply(self, layer: StagedLayer, commit: Commit) -> None:
         layer.committed = True  # from the first copy on
@@ -366,6 +394,12 @@ class ReloadTransaction:
                 self._mode.forget(tensor)
 
 
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bitwise equality, also of types that torch does not compare."""
+    bytes_of_a, bytes_of_b = (t.data.reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(bytes_of_a, bytes_of_b)
+
+
 class _Source:
     """A caller's weights, watched while a model iterates over them.
 
@@ -375,18 +409,22 @@ class _Source:
 
     """
 
-    def __init__(self, weights: Weights, transaction: ReloadTransaction):
+    def __init__(
+        self, weights: Weights, mode: StagingMode, on_loaded: Callable[[], None]
+    ):
         self.name: str | None = None
         self.error: BaseException | None = None
         self._weights = weights
-        self._transaction = transaction
+        self._mode = mode
+        self._on_loaded = on_loaded
         self._spec: TensorSpec | None = None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         weights = iter(self._weights)
         while True:
             try:
-                name, tensor = next(weights)
+                with self._mode.paused():
+                    name, tensor = next(weights)
             except StopIteration:
                 return
             except BaseException as error:
@@ -394,7 +432,7 @@ class _Source:
                 raise
             self.name, self._spec = name, TensorSpec.of(tensor)
             yield name, tensor
-            self._transaction.commit_ready_layers()
+            self._on_loaded()
 
     def explain(self, error: BaseException) -> WeightSyncError:
         """The error of a loader, in terms of the tensor that it was loading."""
