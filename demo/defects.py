@@ -112,7 +112,7 @@ def _damage(actual: Snapshot, expected: Snapshot) -> str:
     if meta:
         return f"{meta} of {len(tensors)} tensors left on the meta device"
     nan = sum(_holds_nan(tensor) for tensor in tensors)
-    return f"{_count(actual, expected)} tensors differ, {nan} hold NaN"
+    return f"tensors that differ: {_count(actual, expected)}, with NaN: {nan}"
 
 
 def _holds_nan(tensor: torch.Tensor) -> bool:

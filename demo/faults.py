@@ -105,7 +105,7 @@ FAULTS = (
         "a weight cut down to 3 x 3",
         cut_down,
         error="WeightSyncError",
-        names=(WEIGHT, "[3, 3]"),
+        names=(*EXPERT, "w2_weight", "[256, 128]", "[3, 3]"),
     ),
     Fault(
         "a scale that is NaN",

@@ -56,6 +56,10 @@ SERVICES = dict(
 )
 
 
+class CannotServe(RuntimeError):
+    """This vLLM cannot serve such a checkpoint on this machine."""
+
+
 class Served(NamedTuple):
     """What an engine answers, and what its model holds.
 
@@ -94,17 +98,24 @@ def measure(service: Service, folder: Path) -> Iterator[Measurement]:
 
 @contextmanager
 def engine(folder: Path) -> Iterator[Any]:
-    """Serve a checkpoint."""
+    """Serve a checkpoint.
+
+    Raises:
+        CannotServe: The engine does not start.
+    """
     from vllm import LLM
 
-    llm = LLM(
-        str(folder),
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_seqs=8,
-        worker_extension_cls="demo.worker.BucketWorker",
-        disable_log_stats=True,
-    )
+    try:
+        llm = LLM(
+            str(folder),
+            enforce_eager=True,
+            max_model_len=256,
+            max_num_seqs=8,
+            worker_extension_cls="demo.worker.BucketWorker",
+            disable_log_stats=True,
+        )
+    except Exception as error:
+        raise CannotServe(describe(error)) from error
     try:
         yield llm
     finally:
@@ -118,7 +129,10 @@ def _generate(llm: Any) -> list[tuple[list[int], list[dict[int, float]]]]:
         temperature=0, max_tokens=NEW_TOKENS, logprobs=LOGPROBS, ignore_eos=True
     )
     outputs = [each.outputs[0] for each in llm.generate(PROMPTS, greedy)]
-    return [(list(out.token_ids), [_values(step) for step in out.logprobs]) for out in outputs]
+    return [
+        (list(output.token_ids), [_values(step) for step in output.logprobs])
+        for output in outputs
+    ]
 
 
 def _values(step: dict[int, Any]) -> dict[int, float]:
@@ -176,10 +190,9 @@ def main() -> None:
     try:
         for measurement in measure(service, Path(sys.argv[2])):
             measurement.report()
-    except Exception as error:
-        raise
+    except CannotServe as error:
         for title in (service.synced, service.died):
-            Measurement(title, Outcome.ABSENT, error=describe(error)).report()
+            Measurement(title, Outcome.ABSENT, error=str(error)).report()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -43,8 +44,8 @@ def main() -> int:
     except (OverlayError, SideError) as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         return 2
-    outcomes = [side.outcomes() for side in sides]
-    comparison = Comparison(*outcomes, expected_losses(DOCUMENT))
+    on_base, on_fork = (side.outcomes() for side in sides)
+    comparison = Comparison(on_base, on_fork, expected_losses(DOCUMENT))
     print_report(console, comparison, base)
     return 1 if comparison.unexpected else 0
 
@@ -78,18 +79,14 @@ def _run(sides: list[Side], console: Console) -> None:
         Progress(*columns, console=console) as progress,
         ThreadPoolExecutor(at_once) as pool,
     ):
-        tasks = {side.name: progress.add_task(side.name, total=100) for side in sides}
-        runs = [
-            pool.submit(
-                side.run,
-                lambda done, task=tasks[side.name]: progress.update(
-                    task, completed=done
-                ),
-            )
-            for side in sides
-        ]
+        runs = [pool.submit(side.run, _bar(progress, side)) for side in sides]
         for run in runs:
             run.result()
+
+
+def _bar(progress: Progress, side: Side) -> Callable[[int], None]:
+    task = progress.add_task(side.name, total=100)
+    return lambda percent: progress.update(task, completed=percent)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ def _table(comparison: Comparison, base: Base) -> Table:
     names = passed(comparison.base), passed(comparison.fork)
     counts = [per_file(each) for each in names]
     counts += [per_file(set(each)) for each in (comparison.lost, comparison.gained)]
-    table = Table(title=f"Upstream's tests at {base.version}", show_footer=True)
+    table = Table(title=f"Tests of vLLM {base.version} that pass", show_footer=True)
     files = sorted(per_file({*comparison.base, *comparison.fork}))
     table.add_column("file", "all", overflow="fold")
-    headers = f"passed on {base}", "on the fork", "lost", "gained"
+    headers = "base", "fork", "lost", "gained"
     for header, count in zip(headers, counts, strict=True):
         table.add_column(header, str(count.total()), justify="right")
     for file in files:
-        table.add_row(file, *(str(count[file]) for count in counts))
+        table.add_row(
+            file.removeprefix("tests/"), *(str(count[file]) for count in counts)
+        )
     return table

@@ -62,6 +62,7 @@ class Side:
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            "PYTHONUNBUFFERED": "1",  # progress as it is made
         }
 
     def run(self, show: Callable[[int], None]) -> None:
@@ -75,7 +76,7 @@ class Side:
         """
         self._check_origin()
         self.results.unlink(missing_ok=True)
-        options = ["-p", "no:cacheprovider", f"--junitxml={self.results}"]
+        options = ["-v", "-p", "no:cacheprovider", f"--junitxml={self.results}"]
         run = self._start("-m", "pytest", *options, *self.tests)
         timer = Timer(self.timeout, os.killpg, (run.pid, signal.SIGKILL))
         timer.start()
@@ -112,7 +113,7 @@ class Side:
 
     def _follow(self, run: subprocess.Popen[str], show: Callable[[int], None]) -> None:
         assert run.stdout is not None
-        with self.log.open("w") as log:
+        with self.log.open("w", buffering=1) as log:
             for line in run.stdout:
                 log.write(line)
                 for percent in _PERCENT.findall(line):

@@ -182,7 +182,7 @@ class Sleeper:
 def test_a_level_2_sleep_loses_the_weights(args, kwargs):
     worker = Sleeper()
     worker.sleep(*args, **kwargs)
-    assert reload_status(worker.model).fenced
+    assert reload_status(worker.model).state == "inconsistent"
     assert "level 2 sleep" in reload_status(worker.model).detail
 
 
@@ -190,16 +190,16 @@ def test_a_level_2_sleep_loses_the_weights(args, kwargs):
 def test_a_lighter_sleep_keeps_them(args):
     worker = Sleeper()
     worker.sleep(*args)
-    assert not reload_status(worker.model).fenced
+    assert reload_status(worker.model).state == "serving"
 
 
 def test_weights_that_are_all_kept_are_not_lost():
     worker = Sleeper(kept=("weight", "bias"))
     worker.sleep(level=2)
-    assert not reload_status(worker.model).fenced
+    assert reload_status(worker.model).state == "serving"
 
 
 def test_weights_of_which_some_are_kept_are_lost():
     worker = Sleeper(kept=("weight",))
     worker.sleep(level=2)
-    assert reload_status(worker.model).fenced
+    assert reload_status(worker.model).state == "inconsistent"

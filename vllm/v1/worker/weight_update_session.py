@@ -113,4 +113,6 @@ def _mark_dropped(worker: Any) -> None:
     owned = {id(p) for model in models for p in model.parameters() if not p.is_cpu}
     if len(getattr(worker, "_sleep_saved_parameters", ())) < len(owned):
         for model in models:
-            mark_inconsistent(model, "a level 2 sleep dropped the weights")
+            mark_inconsistent(
+                model, "a level 2 sleep dropped the weights", fenced=False
+            )

@@ -308,3 +308,8 @@ def test_tensors_that_came_to_share_memory_must_stay_equal(policy, make_model):
         model.load_weights(new.items())
         finalize_layerwise_reload(model, vllm_config.model_config)
     assert torch.equal(norms[1].weight, new[name.format(0)])
+
+
+def test_finish_without_start_is_an_error(server):
+    with pytest.raises(WeightSyncError, match="no weight sync is open"):
+        finalize_layerwise_reload(server.built.model, None)

@@ -124,14 +124,14 @@ class DirectSync:
         if missing:
             raise WeightSyncError("weight sync is incomplete", missing=missing)
         self._reload.version += 1
-        self._reload.lost, self._reload.dummy = "", False
+        self._reload.lost, self._reload.fenced = "", False
 
     def abort(self, reason: str) -> None:
         """Let the layers that are open serve their old values, and close."""
         left = list(self._open_layers())
         filled = len(list(self._layers())) - len(left)
         if left and filled:
-            self._reload.dummy = False
+            self._reload.fenced = True
             self._reload.lost = (
                 f"a weight sync ended after {filled} modules had new weights; complete "
                 f"a sync to serve again. It ended at {reason}"

@@ -20,6 +20,8 @@ import torch
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
+from .agreement import agree_across_ranks
+from .errors import WeightSyncError
 from .first_load import finish_recording, original_loader, start_recording
 from .meta import SKIP_LOAD_TENSORS
 from .online import OnlineLoad
@@ -41,7 +43,6 @@ __all__ = [
     "get_layerwise_info",
     "initialize_layerwise_reload",
     "initialize_online_processing",
-    "mark_dummy",
     "mark_inconsistent",
     "record_metadata_for_reloading",
     "reload_status",
@@ -96,7 +97,7 @@ def finalize_layerwise_reload(
     """Commit the open sync.
 
     Raises:
-        WeightSyncError: it is incomplete or invalid, or was aborted. The old weights
+        WeightSyncError: it is incomplete or invalid, was aborted, or never started. The old weights
             serve on, or the model is inconsistent: see `reload_status`.
 
     """
@@ -104,6 +105,9 @@ def finalize_layerwise_reload(
     transaction = _model_reload(model).transaction
     if transaction is not None:
         transaction.finish(model_config)
+    elif not any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+        with agree_across_ranks():  # other ranks may be waiting for this one's vote
+            raise WeightSyncError("no weight sync is open, start one first")
     finalize_layerwise_processing(model, model_config)
 
 
@@ -119,16 +123,21 @@ def reload_status(model: torch.nn.Module) -> ReloadStatus:
     return _model_reload(_unwrapped(model)).status
 
 
-def mark_inconsistent(model: torch.nn.Module, reason: str) -> None:
-    """Note that the weights of `model` were lost; the next sync owes all of them."""
-    reload = _model_reload(_unwrapped(model))
-    reload.lost, reload.dummy = reason, False
+def mark_inconsistent(
+    model: torch.nn.Module, reason: str, fenced: bool = True
+) -> None:
+    """Note that `model` serves no whole weights; the next sync owes all of them.
 
+    Args:
+        model: the model.
+        reason: why, for whoever asks or is refused.
+        fenced: whether requests must be refused. Not after dummy weights, which are
+            there to be run, nor after a sleep that dropped the weights: they may be
+            put back by other roads than a sync.
 
-def mark_dummy(model: torch.nn.Module) -> None:
-    """Note that `model` has dummy weights: it may run, and its first sync owes all."""
+    """
     reload = _model_reload(_unwrapped(model))
-    reload.lost, reload.dummy = "dummy weights were never replaced", True
+    reload.lost, reload.fenced = reason, fenced
 
 
 def initialize_online_processing(layer: torch.nn.Module) -> None:

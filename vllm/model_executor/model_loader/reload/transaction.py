@@ -77,7 +77,7 @@ class ModelReload:
         version: complete syncs so far.
         first_loaded: whether a first load was seen, so that its writes are known.
         lost: why no whole weights serve, if so; a sync then owes everything.
-        dummy: whether they were lost by never being loaded.
+        fenced: whether, when lost, requests must be refused.
         transaction: the open sync, or the one that failed and was not closed.
 
     """
@@ -85,14 +85,13 @@ class ModelReload:
     version: int = 0
     first_loaded: bool = False
     lost: str = ""
-    dummy: bool = False
+    fenced: bool = False
     transaction: Sync | None = None
 
     @property
     def status(self) -> ReloadStatus:
         if self.lost:
-            fenced = not self.dummy
-            return ReloadStatus("inconsistent", self.version, self.lost, fenced)
+            return ReloadStatus("inconsistent", self.version, self.lost, self.fenced)
         is_open = self.transaction is not None and self.transaction.is_open
         return ReloadStatus("updating" if is_open else "serving", self.version)
 
@@ -212,7 +211,7 @@ class ReloadTransaction:
         self._failure = reason
         committed = sum(layer.committed for layer in self._layers)
         if committed:
-            self._reload.dummy = False
+            self._reload.fenced = True
             self._reload.lost = (
                 f"a weight sync failed after {committed} of {len(self._layers)} layers "
                 f"were committed; complete a sync to serve again. It failed at {reason}"
@@ -231,7 +230,7 @@ class ReloadTransaction:
                 tensor.learn()
         self._reload.version += 1
         self._reload.first_loaded = True
-        self._reload.lost, self._reload.dummy = "", False
+        self._reload.lost, self._reload.fenced = "", False
         for layer in self._layers:
             self._drop(layer)
         self._close()

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""One side of the comparison: a vLLM that processes of their own measure."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Timer
+from zipfile import ZipFile
+
+from demo.measurement import Measurement, Outcome
+from overlay.base import ROOT, find_wheel
+
+# A process that hangs, as a broken engine may, is killed after so many seconds.
+PATIENCE = 240
+QUIET = dict(
+    HF_HUB_OFFLINE="1",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+)
+ERROR = re.compile(r"\b\w+Error: .+")
+
+
+@dataclass(frozen=True)
+class Side:
+    """A vLLM and the settings it is measured with.
+
+    Attributes:
+        title: What the table calls it.
+        log: Where its processes write what they have to say.
+        environment: What is set for them.
+    """
+
+    title: str
+    log: Path
+    environment: dict[str, str]
+
+    def measure(self, module: str, *arguments: str) -> Iterator[Measurement]:
+        """Run a measuring module and yield what it measured, as it comes.
+
+        Raises:
+            RuntimeError: The process failed.
+        """
+        start = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
+                env=os.environ | QUIET | self.environment,
+            )
+            watchdog = Timer(PATIENCE, process.kill)
+            watchdog.start()
+            try:
+                yield from self._read(process, start)
+            finally:
+                watchdog.cancel()
+        if process.wait():
+            tail = "\n".join(self.log.read_text().splitlines()[-20:])
+            raise RuntimeError(f"{self.title}: {module} failed\n{tail}")
+
+    def _read(self, process: subprocess.Popen, start: int) -> Iterator[Measurement]:
+        assert process.stdout is not None
+        for line in process.stdout:
+            measurement = Measurement.read(line)
+            if measurement is None:
+                continue
+            if measurement.outcome is Outcome.ABSENT:
+                # vLLM's own error says no more than to look above it.
+                cause = ERROR.search(self.log.read_text()[start:])
+                detail = cause.group() if cause else measurement.error
+                measurement = replace(measurement, detail=detail)
+            yield measurement
+
+
+def released(folder: Path) -> Side:
+    """The base as it was released, unpacked into a folder from its wheel."""
+    wheel = find_wheel()
+    tree = folder / "released"
+    with ZipFile(wheel.path) as archive:
+        archive.extractall(tree)
+    title = f"released vLLM {wheel.base.version}"
+    return Side(title, folder / "released.log", dict(PYTHONPATH=str(tree)))
+
+
+def fork(folder: Path, commit: str) -> Side:
+    """The fork in this environment, which commits per "layer" or per "model"."""
+    settings = dict(VLLM_RELOAD_COMMIT=commit, PYTHONPATH="")
+    return Side("this fork", folder / f"fork-{commit}.log", settings)
