@@ -3,6 +3,7 @@
 """What each side did with each case, whether the fork was right, and the table."""
 
 from dataclasses import dataclass, field
+from textwrap import shorten
 
 from rich import box
 from rich.table import Table
@@ -92,7 +93,7 @@ class Comparison:
         if measured is None:
             return "not measured"
         named = each.names_in(measured) if each.names else ""
-        lines = [_cell(measured), named[:200]]
+        lines = [_cell(measured), shorten(named, 160)]
         aside = self.fork[MODEL].get(title)
         if aside is not None and aside.outcome is not measured.outcome:
             lines.append(f"commit per model: {aside.outcome.value}")

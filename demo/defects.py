@@ -72,7 +72,7 @@ def measure(fault: Fault, bench: Bench) -> Measurement:
 
 
 def sync(built: Built, send: Send, tensors: list) -> Result:
-    """Sync as a trainer does that stops at the first error."""
+    """Sync as a trainer does that stops at the first error, and says so if it can."""
     model, vllm_config = built
     error = None
     with built.worker_context():
@@ -83,6 +83,10 @@ def sync(built: Built, send: Send, tensors: list) -> Result:
             reload.finalize_layerwise_reload(model, vllm_config.model_config)
         except Exception as raised:
             error = raised
+            # The released vLLM has no such function.
+            abort = getattr(reload, "abort_layerwise_reload", None)
+            if abort is not None:
+                abort(model, describe(raised))
     return Result(error, snapshot(model))
 
 

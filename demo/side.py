@@ -23,7 +23,8 @@ QUIET = dict(
     VLLM_LOGGING_LEVEL="ERROR",
     VLLM_NO_USAGE_STATS="1",
 )
-ERROR = re.compile(r"\b\w+Error: .+")
+# The first error that a worker logs is the cause of those that follow.
+ERROR = re.compile(r"\b\w+Error: [^\n:]+")
 
 
 @dataclass(frozen=True)
@@ -46,38 +47,47 @@ class Side:
         Raises:
             RuntimeError: The process failed.
         """
-        start = self.log.stat().st_size if self.log.exists() else 0
-        with self.log.open("a") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                cwd=ROOT,
-                env=os.environ | QUIET | self.environment,
-            )
-            watchdog = Timer(PATIENCE, process.kill)
-            watchdog.start()
-            try:
-                yield from self._read(process, start)
-            finally:
-                watchdog.cancel()
+        before = len(self._said())
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | QUIET | self.environment,
+        )
+        watchdog = Timer(PATIENCE, process.kill)
+        watchdog.start()
+        try:
+            for measurement in self._read(process):
+                yield self._explained(measurement, before)
+        finally:
+            watchdog.cancel()
         if process.wait():
-            tail = "\n".join(self.log.read_text().splitlines()[-20:])
+            tail = "\n".join(self._said().splitlines()[-20:])
             raise RuntimeError(f"{self.title}: {module} failed\n{tail}")
 
-    def _read(self, process: subprocess.Popen, start: int) -> Iterator[Measurement]:
+    def _read(self, process: subprocess.Popen) -> Iterator[Measurement]:
+        """Yield the measurements among the lines; the others go to the log."""
         assert process.stdout is not None
         for line in process.stdout:
             measurement = Measurement.read(line)
-            if measurement is None:
+            if measurement is not None:
+                yield measurement
                 continue
-            if measurement.outcome is Outcome.ABSENT:
-                # vLLM's own error says no more than to look above it.
-                cause = ERROR.search(self.log.read_text()[start:])
-                detail = cause.group() if cause else measurement.error
-                measurement = replace(measurement, detail=detail)
-            yield measurement
+            with self.log.open("a") as log:
+                log.write(line)
+
+    def _explained(self, measurement: Measurement, before: int) -> Measurement:
+        """Add why an engine does not start: its own error only says to look above."""
+        if measurement.outcome is not Outcome.ABSENT:
+            return measurement
+        cause = ERROR.search(self._said()[before:])
+        detail = cause.group() if cause else measurement.error
+        return replace(measurement, detail=detail)
+
+    def _said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
 
 
 def released(folder: Path) -> Side:

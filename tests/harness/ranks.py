@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Processes of this machine that are the ranks of one engine, without the engine.
 
-    with start_ranks(2, tmp_path) as ranks:
-        first, second = ranks.run(function, argument)
+with start_ranks(2, tmp_path) as ranks:
+    first, second = ranks.run(function, argument)
 """
 
 import multiprocessing
@@ -20,8 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 
 from . import stand_ins
 
@@ -66,6 +72,14 @@ class Ranks:
             self.kill()
             raise AssertionError(f"rank {rank} is gone") from None
 
+    def leave(self) -> None:
+        """Let every rank that is still there free what it shares with the others."""
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
+        for process in self.processes:
+            process.join(TIMEOUT_SECONDS)
+
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
@@ -89,22 +103,23 @@ def start_ranks(size: int, folder: Path) -> Iterator[Ranks]:
     ranks = Ranks(processes, [ours for ours, _ in pairs])
     try:
         yield ranks
+        ranks.leave()
     finally:
         ranks.kill()
 
 
-def _serve(
-    rank: int, size: int, folder: Path, identity: str, pipe: Connection
-) -> None:
-    """Be one rank: run what comes until this process is killed."""
+def _serve(rank: int, size: int, folder: Path, identity: str, pipe: Connection) -> None:
+    """Be one rank: run what comes, until there is no more or this process is killed."""
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()  # never undone: for the life of this process
     patch.setenv("VLLM_DIST_IDENT", identity)  # names what ranks share in memory
     stand_ins.install(patch)
     _join(rank, size, (folder / "rendezvous").as_uri())
-    while True:
-        function, args = pipe.recv()
+    while (request := pipe.recv()) is not None:
+        function, args = request
         pipe.send(_call(function, rank, args))
+    destroy_model_parallel()
+    destroy_distributed_environment()
 
 
 def _join(rank: int, size: int, meeting_point: str) -> None:

@@ -4,6 +4,7 @@
 
 import gc
 from types import SimpleNamespace
+from typing import Any
 from weakref import ref
 
 import pytest
@@ -33,7 +34,8 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 
-CONFIG = SimpleNamespace(dtype=torch.float32)
+# All that attention layers ask of a model's configuration.
+CONFIG: Any = SimpleNamespace(dtype=torch.float32)
 
 
 class Negate(QuantizeMethodBase):
@@ -52,11 +54,13 @@ class Negate(QuantizeMethodBase):
 class Projection(torch.nn.Module):
     """Its weight is loaded as [2, 3]."""
 
+    weight: Any
+
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(2, 3), requires_grad=False)
         self.weight.weight_loader = self.load
-        self.quant_method = Negate()
+        self.quant_method: Any = Negate()
 
     def load(self, param, loaded):
         param.data.copy_(loaded)
@@ -64,6 +68,8 @@ class Projection(torch.nn.Module):
 
 class FakeAttention(torch.nn.Module, AttentionLayerBase):
     """Derives a sum from the projection inside it."""
+
+    total: torch.Tensor
 
     def __init__(self):
         super().__init__()
@@ -87,7 +93,7 @@ class FakeModel(torch.nn.Module):
         self.attention = FakeAttention()
 
     def load_weights(self, weights):
-        params = dict(self.named_parameters())
+        params: dict[str, Any] = dict(self.named_parameters())
         for name, tensor in weights:
             params[name].weight_loader(params[name], tensor)
 
@@ -230,7 +236,6 @@ def test_tied_parameter_is_filled_once():
     finish_first_load(model)
     mark_inconsistent(model, "a level 2 sleep dropped the weights")
     initialize_direct_reload(model)
-    model.first.quant_method = Negate()
     info = get_layerwise_info(model.first)
     materialize_layer(model.first, info)
     model.first.weight.data.fill_(2)

@@ -120,7 +120,7 @@ class DirectSync:
         missing = list(self._missing(left)) if self._reload.lost else []
         self._close(left)
         if model_config is not None:
-            self._process_attention(model_config.dtype)
+            self._process_attention(model_config)
         if missing:
             raise WeightSyncError("weight sync is incomplete", missing=missing)
         self._reload.version += 1
@@ -173,11 +173,12 @@ class DirectSync:
         self._reload.transaction = None
 
     @torch.no_grad()
-    def _process_attention(self, dtype: torch.dtype) -> None:
+    def _process_attention(self, model_config: ModelConfig) -> None:
         """Attention derives tensors from its children, so all of it comes last."""
         for _, layer in self._layers():
-            if is_attention(layer):
-                layer.process_weights_after_loading(dtype)
+            process = getattr(layer, "process_weights_after_loading", None)
+            if process is not None and is_attention(layer):
+                process(model_config.dtype)
 
 
 def _with_own_metas(

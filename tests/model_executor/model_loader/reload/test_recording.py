@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The regions that a first load's calls wrote, derived on the meta device."""
+
+import torch
+
+from vllm.model_executor.model_loader.reload.ledger import Box
+from vllm.model_executor.model_loader.reload.recording import FirstLoad, RecordingLoader
+
+
+def shard_loader(param, weight, shard, scale=None):
+    param.data.narrow(0, 2 * shard, 2).copy_(weight)
+
+
+def peeking_loader(param, weight, shard, scale=None):
+    if param.data.sum().item() >= 0:
+        param.data.copy_(weight)
+
+
+def first_load(loader, *arguments) -> FirstLoad:
+    first = FirstLoad()
+    param = torch.zeros(6, 3)
+    recording = RecordingLoader(loader, first, param._version)
+    for weight, shard in arguments:
+        recording(param, weight, shard)
+    return first
+
+
+def boxes(loader, first: FirstLoad) -> list[Box] | None:
+    return first.boxes(loader, torch.empty(6, 3, device="meta"))
+
+
+def test_replayed_calls_give_the_boxes_written():
+    weight = torch.ones(2, 3)
+    first = first_load(shard_loader, (weight, 0), (weight, 2))
+    assert boxes(shard_loader, first) == [Box((0, 0), (2, 3)), Box((4, 0), (6, 3))]
+
+
+def test_loaders_that_read_values_are_unknown():
+    first = first_load(peeking_loader, (torch.ones(6, 3), 0))
+    assert boxes(peeking_loader, first) is None
+
+
+def test_same_call_with_two_shapes_is_ambiguous():
+    weight = torch.ones(2, 3)
+    first = first_load(shard_loader, (weight, 0), (weight[:1], 0))
+    assert first.ambiguous
+    assert boxes(shard_loader, first) is None
+
+
+def test_unhashable_arguments_are_ambiguous():
+    first = FirstLoad()
+    recording = RecordingLoader(shard_loader, first, 0)
+    recording(torch.zeros(6, 3), torch.ones(2, 3), 0, scale=[1])
+    assert first.ambiguous and first.seen
+
+
+def test_written_past_its_loader_is_noticed():
+    first, param = FirstLoad(), torch.zeros(6, 3)
+    recording = RecordingLoader(shard_loader, first, param._version)
+    param.copy_(torch.ones(6, 3))
+    recording.close(param._version)
+    assert first.bypassed

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Which scales are refused."""
+
+import math
+
+import pytest
+import torch
+
+from vllm.model_executor.model_loader.reload.scales import invalid_scales
+
+FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+
+
+def refused(weight: torch.Tensor, scale: torch.Tensor) -> int:
+    tensors = {"weight": weight, "weight_scale": scale}
+    return len(invalid_scales("layer", tensors, set(tensors)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, -1e-30])
+def test_no_number_to_scale_by(value):
+    assert refused(torch.zeros(4, 4).to(FP8), torch.tensor([1.0, value])) == 1
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e-40, 1e30])
+def test_any_size_is_valid(value):
+    assert refused(torch.ones(4, 4).to(FP8), torch.tensor([value])) == 0
+
+
+@pytest.mark.parametrize("dtype", [E8M0, torch.uint8])
+def test_exponent_255_is_nan(dtype):
+    scale = torch.tensor([[0, 127, 255]], dtype=torch.uint8).view(dtype)
+    assert refused(torch.ones(4, 12).to(FP8), scale) == 1
+
+
+# A weight whose only value lies at `row`, and the scale whose zero is at block `zero`.
+@pytest.mark.parametrize(
+    "rows, scale_shape, row, zero, count",
+    [
+        pytest.param(256, (2, 1), 200, 0, 0, id="block"),
+        pytest.param(256, (2, 1), 100, 0, 1, id="block, not zero"),
+        pytest.param(201, (2, 1), 120, 0, 1, id="short last block"),
+        pytest.param(201, (2, 1), 120, 1, 0, id="short last block is zero"),
+        pytest.param(256, (256, 1), 7, 7, 1, id="channel"),
+        pytest.param(256, (256, 1), 7, 8, 0, id="zero channel"),
+        pytest.param(256, (1,), 7, 0, 1, id="tensor"),
+        pytest.param(256, (), 7, 0, 1, id="scalar"),
+    ],
+)
+def test_zero_needs_a_zero_block(rows, scale_shape, row, zero, count):
+    weight = torch.full((rows, 128), -0.0)
+    weight[row] = 1
+    scale = torch.ones(scale_shape)
+    scale.view(-1)[zero] = 0
+    assert refused(weight.to(FP8), scale) == count
+
+
+@pytest.mark.xfail(strict=True, reason="2 blocks of 128 are taken for 2 of 96")
+@pytest.mark.parametrize("zero, count", [(0, 1), (1, 0)])
+def test_short_last_block_where_the_count_divides_the_rows(zero, count):
+    weight = torch.zeros(192, 128)
+    weight[96:128] = 1
+    scale = torch.ones(2, 1)
+    scale[zero] = 0
+    assert refused(weight.to(FP8), scale) == count
+
+
+def test_experts_are_told_apart():
+    weight = torch.zeros(3, 256, 128)
+    weight[1, 128:] = 1
+    scale = torch.zeros(3, 2)
+    scale[1, 0] = 1
+    tensors = {"w13_weight": weight.to(FP8), "w13_weight_scale": scale}
+    (finding,) = invalid_scales("layer", tensors, set(tensors))
+    assert (finding.expert, finding.shard) == (1, "up")
+
+
+@pytest.mark.xfail(strict=True, reason="an activation's scale may not be zero either")
+def test_zero_input_scale():
+    assert invalid_scales("layer", {"input_scale": torch.zeros(1)}, {"input_scale"})
+
+
+@pytest.mark.xfail(strict=True, reason="only FP8 weights are looked at")
+def test_zero_scale_of_int8_weight():
+    assert refused(torch.ones(4, 4, dtype=torch.int8), torch.zeros(4, 1)) == 4

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Operators on staged tensors reach their memory, and what they write is noted."""
+
+import pytest
+import torch
+
+from vllm.model_executor.model_loader.reload.checks import is_castable
+from vllm.model_executor.model_loader.reload.errors import WeightSyncError
+from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
+from vllm.model_executor.model_loader.reload.recording import FirstLoad, LoaderCall
+from vllm.model_executor.model_loader.reload.staging import (
+    StagedLoader,
+    StagedTensor,
+    StagingMode,
+)
+
+
+def staged(shape=(4, 6), dtype=torch.float32, initial=None) -> StagedTensor:
+    meta = torch.empty(shape, dtype=dtype, device="meta")
+    ledger = Ledger([Box.whole(shape)])
+    device = torch.device("cpu")
+    return StagedTensor("layer", "weight", meta, device, FirstLoad(), ledger, initial)
+
+
+VALUES = torch.arange(24.0).reshape(4, 6)
+
+
+def by_data(meta: torch.Tensor) -> None:
+    meta.data.copy_(VALUES)
+
+
+def by_narrow(meta: torch.Tensor) -> None:
+    for start in (0, 3):
+        meta.data.narrow(1, start, 3).copy_(VALUES[:, start : start + 3])
+
+
+def by_index(meta: torch.Tensor) -> None:
+    for row in range(4):
+        meta[row] = VALUES[row]
+
+
+def by_transpose(meta: torch.Tensor) -> None:
+    meta.t().copy_(VALUES.t())
+
+
+def by_device(meta: torch.Tensor) -> None:
+    meta.data.copy_(VALUES.to(meta.device))
+
+
+def by_element(meta: torch.Tensor) -> None:
+    for index in range(24):
+        meta.view(-1)[index].fill_(float(index))
+
+
+@pytest.mark.parametrize(
+    "load", [by_data, by_narrow, by_index, by_transpose, by_device, by_element]
+)
+def test_loads_are_staged(load):
+    tensor = staged()
+    with StagingMode([tensor]) as mode:
+        load(tensor.meta)
+    assert torch.equal(tensor.memory, VALUES)
+    assert tensor.ledger.complete
+    assert mode.take_touched() == {tensor}
+
+
+def test_filling_with_one_value_is_not_loading():
+    tensor = staged()
+    with StagingMode([tensor]):
+        tensor.meta.data.fill_(1)
+    assert not tensor.written
+
+
+def test_loaders_see_values_as_created():
+    tensor = staged((2,), initial=torch.tensor([1.0, -1.0]))
+    with StagingMode([tensor]):
+        assert tensor.meta[1].item() == -1
+
+
+def test_a_committed_tensor_takes_nothing_new():
+    tensor = staged()
+    tensor.close()
+    with StagingMode([tensor]), pytest.raises(WeightSyncError, match="committed"):
+        tensor.meta.copy_(VALUES)
+
+
+def test_a_wrong_type_is_refused():
+    tensor = staged(dtype=torch.float8_e4m3fn)
+    with StagingMode([tensor]), pytest.raises(WeightSyncError, match="bfloat16"):
+        tensor.meta.copy_(VALUES.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "source, target, castable",
+    [
+        ("bfloat16", "float32", True),
+        ("float32", "bfloat16", True),
+        ("float8_e8m0fnu", "float32", True),
+        ("bfloat16", "float8_e4m3fn", False),
+        ("float8_e4m3fn", "bfloat16", False),
+        ("float8_e5m2", "float8_e4m3fn", False),
+        ("int32", "float32", False),
+        ("uint8", "float8_e4m3fn", False),
+        ("int32", "int64", True),
+        ("int64", "int32", False),
+        ("bool", "bool", True),
+    ],
+)
+def test_types_that_may_stand_for_others(source, target, castable):
+    assert is_castable(getattr(torch, source), getattr(torch, target)) == castable
+
+
+def load_through(tensor: StagedTensor, first: torch.Tensor, came: torch.Tensor) -> None:
+    """Load `came` where the first load was given a tensor like `first`."""
+    call, _ = LoaderCall.split((tensor.meta, first), {})
+    tensor.first_load.note(call, first)
+
+    def loader(param: torch.Tensor, weight: torch.Tensor) -> None:
+        param.data.copy_(weight)
+
+    run = StagedLoader(loader, tensor, lambda self, a, k: self.load(a, k))
+    with StagingMode([tensor]):
+        run(tensor.meta, came)
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(WeightSyncError, match=r"expected \[4, 6\].*got \[6\]"):
+        load_through(staged(), VALUES, VALUES[0])
+
+
+def test_a_scalar_may_have_any_shape():
+    tensor = staged((1,))
+    load_through(tensor, torch.ones(()), torch.full((1,), 2.0))
+    assert tensor.memory.tolist() == [2]
+
+
+@pytest.mark.xfail(strict=True, reason="one element is spread over the whole vector")
+def test_one_element_for_a_vector_is_refused():
+    with pytest.raises(WeightSyncError):
+        load_through(staged((4,)), torch.ones(4), torch.ones(1))
