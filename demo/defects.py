@@ -10,7 +10,7 @@ FOLDER is where the checkpoints are written.
 import sys
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -73,14 +73,14 @@ def measure(fault: Fault, bench: Bench) -> Measurement:
 
 def sync(built: Built, send: Send, tensors: list) -> Result:
     """Sync as a trainer does that stops at the first error, and says so if it can."""
-    model, vllm_config = built
+    model: Any = built.model
     error = None
     with built.worker_context():
         try:
             reload.initialize_layerwise_reload(model)
             for chunk in send(tensors):
                 model.load_weights(iter(chunk))
-            reload.finalize_layerwise_reload(model, vllm_config.model_config)
+            reload.finalize_layerwise_reload(model, built.vllm_config.model_config)
         except Exception as raised:
             error = raised
             # The released vLLM has no such function.

@@ -56,5 +56,5 @@ class Trainer:
 
 def _placement(view: torch.Tensor) -> tuple[str, list[int], int]:
     """Return dtype, shape and first byte of a tensor in the bucket."""
-    start = view.storage_offset() * view.element_size()
+    start = int(view.storage_offset()) * view.element_size()
     return str(view.dtype).removeprefix("torch."), list(view.shape), start

@@ -81,5 +81,5 @@ class BucketWorker:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(data.numpy().tobytes(), digest_size=16).hexdigest()

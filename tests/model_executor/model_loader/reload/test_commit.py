@@ -87,17 +87,9 @@ HOLDERS: dict[str, tuple[Callable, Callable]] = {
     ),
     "partial of a closure": (lambda w: functools.partial(_closure(w)), lambda h: h()),
 }
-LOST = {"keyword-only default", "partial of a number", "partial of a closure"}
-
-
-def _lost(name: str) -> list:
-    reason = "not walked: the old value serves on"
-    return [pytest.mark.xfail(strict=True, reason=reason)] if name in LOST else []
-
-
 @pytest.mark.parametrize(
     "make, read",
-    [pytest.param(*how, id=name, marks=_lost(name)) for name, how in HOLDERS.items()],
+    [pytest.param(*how, id=name) for name, how in HOLDERS.items()],
 )
 def test_new_values_serve(make, read):
     layer, commit = prepare(lambda helper, w: setattr(helper, "held", make(w)))
@@ -137,7 +129,6 @@ def test_number_returns_to_its_first_value():
     assert layer.method.level == 1.0
 
 
-@pytest.mark.xfail(strict=True, reason="changes inside nested containers are not seen")
 def test_nested_containers_written_in_place():
     def process(helper: Helper, w: torch.Tensor) -> None:
         helper.nested["levels"][0] = float(w[0])
@@ -147,7 +138,6 @@ def test_nested_containers_written_in_place():
     assert layer.method.nested == {"levels": [0.5]}
 
 
-@pytest.mark.xfail(strict=True, reason="a key that is not made again stays")
 def test_dictionary_loses_old_keys():
     def process(helper: Helper, w: torch.Tensor) -> None:
         helper.held = {"big" if w[0] > 1 else "small": 1}

@@ -465,10 +465,6 @@ def test_oracle_tells_wrong_weights(trainers):
         assert_same(trainer.cold_load(tensors), trainer.base)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="gate and up share one input scale: the second comes after the commit",
-)
 def test_static_scales_in_any_order(trainers):
     trainer = trainers("qwen3_moe-fp8_tensor_static")
     with pytest.MonkeyPatch.context() as patch, trainer.built.worker_context():

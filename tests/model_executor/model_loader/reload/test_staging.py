@@ -135,7 +135,6 @@ def test_a_scalar_may_have_any_shape():
     assert tensor.memory.tolist() == [2]
 
 
-@pytest.mark.xfail(strict=True, reason="one element is spread over the whole vector")
 def test_one_element_for_a_vector_is_refused():
     with pytest.raises(WeightSyncError):
         load_through(staged((4,)), torch.ones(4), torch.ones(1))

@@ -129,6 +129,8 @@ class _Pairing:
             for name, value in new.items():
                 assign = partial(live.__setitem__, name)
                 self._pair_item(live, name, value, assign, f"{path}[{name!r}]")
+            for name in live.keys() - new.keys():
+                self.commit.assignments.append(partial(live.pop, name))
             return live
         if isinstance(new, list | tuple | set | frozenset):
             return self._pair_sequence(live, new, path)
@@ -136,10 +138,7 @@ class _Pairing:
             owner = self.pair(live.__self__, new.__self__, f"{path}.__self__")
             return MethodType(new.__func__, owner)
         if isinstance(new, partial):
-            for old, value in zip(live.args, new.args):
-                self.pair(old, value, f"{path}()")
-            self.pair(live.keywords, new.keywords, f"{path}()")
-            return live
+            return self._pair_partial(live, new, path)
         if isinstance(new, FunctionType):
             return self._pair_function(live, new, path)
         return self._pair_object(live, new, path)
@@ -156,6 +155,15 @@ class _Pairing:
         make = getattr(type(new), "_make", type(new))  # a named tuple's constructor
         return make(paired)
 
+    def _pair_partial(self, live: partial, new: partial, path: str) -> partial:
+        if len(live.args) != len(new.args) or live.keywords.keys() != new.keywords.keys():
+            raise self._refuse(path, "other arguments serve")
+        func = self.pair(live.func, new.func, f"{path}.func")
+        args = [self.pair(a, b, f"{path}()") for a, b in zip(live.args, new.args)]
+        held = live.keywords
+        keywords = {k: self.pair(held[k], v, path) for k, v in new.keywords.items()}
+        return partial(func, *args, **keywords)
+
     def _pair_function(self, live: FunctionType, new: FunctionType, path: str) -> Any:
         if live.__code__ is not new.__code__:
             return new
@@ -166,6 +174,8 @@ class _Pairing:
             self._pair_item(held, name, cell.cell_contents, assign, f"{path}.{name}")
         defaults = self.pair(live.__defaults__ or (), new.__defaults__ or (), path)
         self._assign(partial(setattr, live, "__defaults__"), defaults or None)
+        if live.__kwdefaults__ and new.__kwdefaults__:
+            self.pair(live.__kwdefaults__, new.__kwdefaults__, path)
         return live
 
     def _pair_object(self, live: Any, new: Any, path: str) -> Any:

@@ -34,7 +34,7 @@ from .meta import restore_layer_on_meta, to_meta_tensor
 from .processing import is_attention
 from .recording import FirstLoad
 from .registry import get_layerwise_info
-from .scales import is_checkpoint_scale, is_scale
+from .scales import is_activation_quantity
 from .transaction import ModelReload
 from .types import LayerReloadingInfo
 from .utils import get_layer_params_buffers
@@ -163,7 +163,7 @@ class DirectSync:
     def _is_owed(self, name: str, info: LayerReloadingInfo) -> bool:
         if self._reload.first_loaded:
             return info.first_load.get(name, FirstLoad()).seen
-        return is_checkpoint_scale(name) or not is_scale(name)
+        return not is_activation_quantity(name)
 
     def _close(self, left: Iterable[NamedLayer]) -> None:
         for _, layer in left:

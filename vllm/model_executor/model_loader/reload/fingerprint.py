@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .ledger import boxes_of_view
+from .ledger import Box, boxes_of_view
 
 if TYPE_CHECKING:
     from .staging import StagedTensor
@@ -24,13 +24,17 @@ __all__ = ["Fingerprint"]
 # Fractional bits of the golden ratio: multiplication spreads low bits over high ones.
 _SPREAD = -7046029254386353131
 _CHUNK_BYTES = 1 << 24
+# Scales, which are also sent one by one, are kept as they are.
+_SMALL_BYTES = 1 << 16
 
 
 class Fingerprint:
-    """Row sums of one staged tensor, int64 [*shape[:-1]], on its device."""
+    """What was staged of one tensor: its values if small, else sums of its rows."""
 
     def __init__(self, tensor: torch.Tensor):
-        self._sums = _row_sums(tensor)
+        small = tensor.nbytes <= _SMALL_BYTES
+        self._values = tensor.detach().clone() if small else None
+        self._sums = None if small else _row_sums(tensor)
 
     def check(self, tensor: StagedTensor, view: torch.Tensor, source: object) -> None:
         """Compare `source`, about to be written to `view`, with what was committed.
@@ -39,20 +43,47 @@ class Fingerprint:
             WeightSyncError: it differs, or covers parts of rows and cannot be compared.
 
         """
-        boxes = boxes_of_view(view, tensor.meta)
-        whole_rows = view.dim() == 0 or view.shape[-1:] == tensor.meta.shape[-1:]
-        if len(boxes) != 1 or not whole_rows or not isinstance(source, torch.Tensor):
+        if not isinstance(source, torch.Tensor):
             raise tensor.refuse("came again after its layer was committed, in part")
-        came = source.to(device=self._sums.device, dtype=tensor.meta.dtype)
-        box = boxes[0]
-        extents = [b - a for a, b in zip(box.start, box.stop)]
-        sums = _row_sums(came.expand(view.shape).reshape(extents))
-        if not torch.equal(sums, self._sums[box.slices()[:-1]]):
+        came = source.to(tensor.device, tensor.meta.dtype).expand(view.shape)
+        boxes = boxes_of_view(view, tensor.meta)
+        if self._values is not None:
+            equal = self._equals_values(tensor, view, came)
+        else:
+            equal = self._equals_sums(tensor, view, came, boxes)
+        if not equal:
             raise tensor.refuse(
                 "came again with other values after its layer was committed; send "
                 "each tensor once, or set VLLM_RELOAD_COMMIT=model",
-                box,
+                boxes[0] if len(boxes) == 1 else None,
             )
+
+    def _equals_values(
+        self, tensor: StagedTensor, view: torch.Tensor, came: torch.Tensor
+    ) -> bool:
+        assert self._values is not None
+        offset = view.storage_offset() - tensor.meta.storage_offset()
+        kept = self._values.as_strided(view.shape, view.stride(), offset)
+        kept_bytes, came_bytes = (
+            t.reshape(-1).contiguous().view(torch.uint8) for t in (kept, came)
+        )
+        return torch.equal(kept_bytes, came_bytes)
+
+    def _equals_sums(
+        self,
+        tensor: StagedTensor,
+        view: torch.Tensor,
+        came: torch.Tensor,
+        boxes: list[Box],
+    ) -> bool:
+        assert self._sums is not None
+        whole_rows = view.shape[-1:] == tensor.meta.shape[-1:]
+        in_order = list(view.stride()) == sorted(view.stride(), reverse=True)
+        if len(boxes) != 1 or not whole_rows or not in_order:
+            raise tensor.refuse("came again after its layer was committed, in part")
+        extents = [b - a for a, b in zip(boxes[0].start, boxes[0].stop)]
+        sums = _row_sums(came.reshape(extents))
+        return torch.equal(sums, self._sums[boxes[0].slices()[:-1]])
 
 
 def _row_sums(tensor: torch.Tensor) -> torch.Tensor:

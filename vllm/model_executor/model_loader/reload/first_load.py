@@ -20,7 +20,7 @@ from .meta import (
 from .pristine import PristineLayer
 from .recording import FirstLoad, RecordingLoader
 from .registry import get_layerwise_info
-from .scales import is_checkpoint_scale, is_scale
+from .scales import is_activation_quantity
 from .staging import StagedLoader
 from .types import BufferAlias, LayerReloadingInfo
 from .utils import get_layer_tensors, get_tensor_load_numel
@@ -58,7 +58,8 @@ def start_recording(model: torch.nn.Module) -> None:
         _capture(layer, info, metas)
         for name, param in layer._parameters.items():
             if param is not None:
-                _record(name, param, info.first_load.setdefault(name, FirstLoad()))
+                first_load = info.first_load.setdefault(name, FirstLoad())
+                _record(name, param, first_load, info.created)
     for layer in model.modules():
         _note_aliases(layer)
 
@@ -102,11 +103,16 @@ def _note_aliases(layer: torch.nn.Module) -> None:
                 get_layerwise_info(child).aliases.append(alias)
 
 
-def _record(name: str, param: torch.Tensor, first_load: FirstLoad) -> None:
+def _record(
+    name: str,
+    param: torch.Tensor,
+    first_load: FirstLoad,
+    created: dict[str, torch.Tensor],
+) -> None:
     loader = getattr(param, "weight_loader", default_weight_loader)
     if loader is default_weight_loader:
-        # It fills the parameter; only scales of activations may be absent.
-        first_load.bypassed = is_checkpoint_scale(name) or not is_scale(name)
+        # It fills the parameter, if it comes: of a small one the value will tell.
+        first_load.bypassed = name not in created
     elif not isinstance(loader, RecordingLoader):
         set_loader(param, RecordingLoader(loader, first_load, param._version))
 
@@ -146,7 +152,7 @@ def owed_by(
     """What a sync owes of a tensor: what the first load wrote.
 
     Where nothing was loaded before (dummy weights), all of a weight but its declared
-    padding, and every weight scale; never the scales of activations.
+    padding, and every weight scale; never scales and zero points of activations.
 
     Args:
         name: the tensor's name in its layer.
@@ -160,7 +166,7 @@ def owed_by(
         first.boxes_written = first.boxes(original_loader(meta), meta)
     if first.boxes_written is not None:
         return Ledger(first.boxes_written)
-    loadable = is_parameter and (is_checkpoint_scale(name) or not is_scale(name))
+    loadable = is_parameter and not is_activation_quantity(name)
     if not (first.seen if known else loadable):
         return Ledger([])
     slack = meta.numel() - get_tensor_load_numel(meta)

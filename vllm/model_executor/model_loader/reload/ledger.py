@@ -6,7 +6,7 @@ A region is a box: a half-open interval of indices in each dimension. Writing a 
 twice changes nothing, so completion is coverage and never a count.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -68,9 +68,12 @@ class Ledger:
         slack: elements that may stay unwritten, for padding that is known by its
             size only (`weight_loader_numel`).
 
+    Attributes:
+        overlapping: whether some elements are owed more than once; the last write wins.
+
     """
 
-    def __init__(self, owed: Iterable[Box], slack: int = 0):
+    def __init__(self, owed: Sequence[Box], slack: int = 0):
         self._slack = slack
         self._open: dict[int, list[Box]] = {}
         self._owed_numel = 0
@@ -78,6 +81,7 @@ class Ledger:
             for lane, part in _lanes(box):
                 self._owe(lane, part)
         self._total = self._owed_numel
+        self.overlapping = self._total < sum(box.numel for box in owed)
 
     def _owe(self, lane: int, box: Box) -> None:
         fresh = [box]

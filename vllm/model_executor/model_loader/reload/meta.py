@@ -117,9 +117,9 @@ def restore_layer_on_meta(layer: torch.nn.Module, info: LayerReloadingInfo) -> N
     for name in known - SKIP_TENSORS:
         if hasattr(layer, name):
             delattr(layer, name)
-    for name in params.keys() - SKIP_TENSORS:
+    for name in (n for n in params if n not in SKIP_TENSORS):
         layer.register_parameter(name, restore_layer_refs(params[name], layer))
-    for name in buffers.keys() - SKIP_TENSORS:
+    for name in (n for n in buffers if n not in SKIP_TENSORS):
         tensor = restore_layer_refs(buffers[name], layer)
         layer.register_buffer(name, tensor, persistent=name not in transient)
 

@@ -179,17 +179,32 @@ def _copy_if_small(value: Any) -> Any:
 
 
 def _mark(value: Any) -> tuple[Any, Any]:
+    """A value, and what tells whether it was written in place."""
     if isinstance(value, torch.Tensor):
-        return value, value._version
+        return value, (value._version, _copy_if_small(value))
     if type(value) is dict:
-        return value, [*value.keys(), *value.values()]
-    return value, [*value] if type(value) in (list, tuple, set) else None
+        return value, [_mark(item) for pair in value.items() for item in pair]
+    if type(value) in (list, tuple, set):
+        return value, [_mark(item) for item in value]
+    return value, None
 
 
 def _same_state(before: Any, after: Any) -> bool:
-    if not isinstance(before, list):
-        return before == after
-    return len(before) == len(after) and all(a is b for a, b in zip(before, after))
+    if isinstance(before, list):
+        same_length = len(before) == len(after)
+        return same_length and all(
+            a[0] is b[0] and _same_state(a[1], b[1]) for a, b in zip(before, after)
+        )
+    if isinstance(before, tuple):
+        return before[0] == after[0] and _same_bytes(before[1], after[1])
+    return True
+
+
+def _same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
+    if before is after or before.is_meta:
+        return True
+    a, b = (t.reshape(-1).contiguous().view(torch.uint8) for t in (before, after))
+    return torch.equal(a, b)
 
 
 def _map(container: Any, function: Callable[[Any], Any]) -> Any:

@@ -20,13 +20,15 @@ from .errors import Finding
 from .ledger import Box
 from .regions import describe
 
-__all__ = ["invalid_scales", "is_checkpoint_scale", "is_scale", "weight_of_scale"]
+__all__ = ["invalid_scales", "is_activation_quantity", "is_scale", "weight_of_scale"]
 
 _SCALE = re.compile(r"(?:^|_)scale(?:_inv|_2)?$")
+_QUANTITY = re.compile(r"(?<!weight)_(?:scale|zero_point)$|^scale$")
 _WEIGHT_SCALE = re.compile(
     r"(?P<weight>(?:^|.*_)weight)(?:_global)?_scale(?:_inv|_2)?$"
 )
 _FP8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2}
+_UNPACKED = _FP8 | {torch.int8}
 # A tensor full of NaN needs no list of all of them.
 _MAX_FINDINGS = 64
 
@@ -42,9 +44,9 @@ def weight_of_scale(name: str) -> str | None:
     return match["weight"] if match else None
 
 
-def is_checkpoint_scale(name: str) -> bool:
-    """Whether every checkpoint brings this scale: a weight's, not an activation's."""
-    return weight_of_scale(name) is not None
+def is_activation_quantity(name: str) -> bool:
+    """Whether a checkpoint may lack this: scales and zero points of activations."""
+    return _QUANTITY.search(name) is not None and weight_of_scale(name) is None
 
 
 def invalid_scales(
@@ -65,9 +67,9 @@ def invalid_scales(
         bad = ~(torch.isfinite(scale) & (scale > 0))
         if not bad.any():
             continue
-        if weight is not None and weight.dtype in _FP8:
+        if weight is not None and weight.dtype in _UNPACKED:
             bad &= ~((scale == 0) & _zero_blocks(weight, scale))
-        elif scale.dtype != torch.float8_e8m0fnu:
+        elif weight is not None:  # packed: which values a block has is not seen
             bad &= scale != 0
         findings += _findings(layer, name, scale, bad)
     return findings
@@ -99,7 +101,8 @@ def _zero_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         for e in (scale == 0).flatten(1).any(1).nonzero().flatten().tolist():
             zero[e] = _zero_blocks(weight[e], scale[e])
         return zero
-    nonzero = (weight.view(torch.uint8) & 0x7F) != 0  # neither 0.0 nor -0.0
+    sign = 0x7F if weight.dtype in _FP8 else 0xFF  # -0.0 is zero, and -128 is not
+    nonzero = (weight.view(torch.uint8) & sign) != 0
     grid = scale.reshape(*scale.shape, *(1,) * (weight.dim() - scale.dim()))
     if grid.shape[0] not in (1, weight.shape[0]) and scale.dim() < 2 < grid.shape[0]:
         return ~nonzero.any().expand(scale.shape)  # shards of unknown widths
@@ -114,6 +117,7 @@ def _zero_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def _block_of(size: int, blocks: int, device: torch.device) -> torch.Tensor:
     """Block of each of `size` rows; a last short block rounds up to a power of two."""
     rows = -(-size // blocks)
-    if size % blocks:
-        rows = 1 << (rows - 1).bit_length()
+    power = 1 << (rows - 1).bit_length()
+    if -(-size // power) == blocks:
+        rows = power
     return torch.arange(size, device=device).div(rows, rounding_mode="floor")

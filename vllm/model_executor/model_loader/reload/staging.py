@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import update_wrapper
+from math import prod
 from typing import Any
 
 import torch
@@ -113,7 +114,13 @@ class StagedTensor:
 
     @property
     def awaited(self) -> bool:
-        """Whether it may still come, although it is not owed."""
+        """Whether it may still come, although nothing is missing.
+
+        Some tensors are not owed. Others are written more than once by a load, such as
+        the input scale that gate and up share, and the last one counts.
+        """
+        if self.ledger.overlapping:
+            return len(self.calls.calls) < len(self.first_load.calls)
         return self.optional and not self.written and self.ledger.empty
 
     def missing(self) -> list[Finding]:
@@ -167,7 +174,7 @@ class StagedLoader:
     def _check(self, expected: TensorSpec | None, weight: torch.Tensor) -> None:
         if expected is None:
             return
-        scalars = weight.numel() == 1 and len(expected.shape) <= 1
+        scalars = weight.numel() == 1 == prod(expected.shape)
         if tuple(weight.shape) != expected.shape and not scalars:
             came = TensorSpec.of(weight)
             raise self.tensor.refuse(
