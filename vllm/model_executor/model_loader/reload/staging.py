@@ -160,9 +160,16 @@ class StagedLoader:
         call, weight = LoaderCall.split(args, kwargs)
         first = self.tensor.first_load
         if weight is not None:
-            self._check(first.expected(call), weight)
+            self._check(call, first.expected(call), weight)
             self.tensor.calls.note(call, weight)
         return self.original(*args, **kwargs)
+
+    def _expert_box(self, call: LoaderCall) -> Box | None:
+        """The expert that a call is about, where it says so and all are local."""
+        expert, shape = dict(call.kwargs).get("expert_id"), self.tensor.meta.shape
+        if not isinstance(expert, int) or not shape or expert >= shape[0]:
+            return None
+        return Box((expert,) + (0,) * (len(shape) - 1), (expert + 1, *shape[1:]))
 
     def __eq__(self, other: object) -> bool:
         """Equal to the original, by which models tell the default loader."""
@@ -171,7 +178,9 @@ class StagedLoader:
     def __hash__(self) -> int:
         return hash(self.original)
 
-    def _check(self, expected: TensorSpec | None, weight: torch.Tensor) -> None:
+    def _check(
+        self, call: LoaderCall, expected: TensorSpec | None, weight: torch.Tensor
+    ) -> None:
         if expected is None:
             return
         scalars = weight.numel() == 1 == prod(expected.shape)
@@ -179,7 +188,8 @@ class StagedLoader:
             came = TensorSpec.of(weight)
             raise self.tensor.refuse(
                 f"expected {expected}, as first loaded, got {came}; send the tensor "
-                "in the checkpoint's layout"
+                "in the checkpoint's layout",
+                self._expert_box(call),
             )
 
 
