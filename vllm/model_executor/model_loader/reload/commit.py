@@ -156,7 +156,10 @@ class _Pairing:
         return make(paired)
 
     def _pair_partial(self, live: partial, new: partial, path: str) -> partial:
-        if len(live.args) != len(new.args) or live.keywords.keys() != new.keywords.keys():
+        if (
+            len(live.args) != len(new.args)
+            or live.keywords.keys() != new.keywords.keys()
+        ):
             raise self._refuse(path, "other arguments serve")
         func = self.pair(live.func, new.func, f"{path}.func")
         args = [self.pair(a, b, f"{path}()") for a, b in zip(live.args, new.args)]

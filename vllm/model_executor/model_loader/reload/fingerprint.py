@@ -19,7 +19,7 @@ from .ledger import Box, boxes_of_view
 if TYPE_CHECKING:
     from .staging import StagedTensor
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "same_bytes"]
 
 # Fractional bits of the golden ratio: multiplication spreads low bits over high ones.
 _SPREAD = -7046029254386353131
@@ -64,10 +64,7 @@ class Fingerprint:
         assert self._values is not None
         offset = view.storage_offset() - tensor.meta.storage_offset()
         kept = self._values.as_strided(view.shape, view.stride(), offset)
-        kept_bytes, came_bytes = (
-            t.reshape(-1).contiguous().view(torch.uint8) for t in (kept, came)
-        )
-        return torch.equal(kept_bytes, came_bytes)
+        return same_bytes(kept, came)
 
     def _equals_sums(
         self,
@@ -84,6 +81,16 @@ class Fingerprint:
         extents = [b - a for a, b in zip(boxes[0].start, boxes[0].stop)]
         sums = _row_sums(came.reshape(extents))
         return torch.equal(sums, self._sums[boxes[0].slices()[:-1]])
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bitwise equality of two tensors, also of types that torch does not compare."""
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
+    bytes_of_a, bytes_of_b = (
+        t.data.reshape(-1).contiguous().view(torch.uint8) for t in (a, b)
+    )
+    return torch.equal(bytes_of_a, bytes_of_b)
 
 
 def _row_sums(tensor: torch.Tensor) -> torch.Tensor:

@@ -123,9 +123,7 @@ def reload_status(model: torch.nn.Module) -> ReloadStatus:
     return _model_reload(_unwrapped(model)).status
 
 
-def mark_inconsistent(
-    model: torch.nn.Module, reason: str, fenced: bool = True
-) -> None:
+def mark_inconsistent(model: torch.nn.Module, reason: str, fenced: bool = True) -> None:
     """Note that `model` serves no whole weights; the next sync owes all of them.
 
     Args:

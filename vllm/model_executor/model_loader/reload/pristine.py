@@ -22,6 +22,8 @@ import torch
 
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+from .fingerprint import same_bytes
+
 __all__ = ["PristineLayer", "Shadow", "ShadowPart"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -196,15 +198,10 @@ def _same_state(before: Any, after: Any) -> bool:
             a[0] is b[0] and _same_state(a[1], b[1]) for a, b in zip(before, after)
         )
     if isinstance(before, tuple):
-        return before[0] == after[0] and _same_bytes(before[1], after[1])
+        return before[0] == after[0] and (
+            before[1] is after[1] or same_bytes(before[1], after[1])
+        )
     return True
-
-
-def _same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
-    if before is after or before.is_meta:
-        return True
-    a, b = (t.reshape(-1).contiguous().view(torch.uint8) for t in (before, after))
-    return torch.equal(a, b)
 
 
 def _map(container: Any, function: Callable[[Any], Any]) -> Any:

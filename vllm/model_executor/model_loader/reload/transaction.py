@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from .agreement import agree_across_ranks
 from .commit import Commit
 from .errors import WeightSyncError
+from .fingerprint import same_bytes
 from .processing import is_attention, prepare_layer, unservable
 from .recording import TensorSpec
 from .registry import get_layerwise_info
@@ -369,7 +370,7 @@ class ReloadTransaction:
         """
         for live, new in commit.copies:
             other = self._claimed.get(live.data_ptr())
-            if other is not None and not _same_bytes(other, new):
+            if other is not None and not same_bytes(other, new):
                 raise WeightSyncError(
                     f"weight sync sends {commit.layer} values that differ from those of "
                     "the layer whose memory it shares; load the checkpoint anew"
@@ -391,12 +392,6 @@ class ReloadTransaction:
             owners = self._layers_of[tensor]
             if self._failure is not None or all(owner.committed for owner in owners):
                 self._mode.forget(tensor)
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bitwise equality, also of types that torch does not compare."""
-    bytes_of_a, bytes_of_b = (t.data.reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(bytes_of_a, bytes_of_b)
 
 
 class _Source:
