@@ -32,6 +32,7 @@ __all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction", "Sync"]
 logger = init_logger(__name__)
 
 Weights = Iterable[tuple[str, torch.Tensor]]
+_Place = tuple[int, torch.Size, tuple[int, ...]]
 
 
 class CommitPolicy(Enum):
@@ -139,7 +140,7 @@ class ReloadTransaction:
         self._deferred = {child for layer in attention for child in layer.children()}
         self._deferred.update(attention)
         self._mode = StagingMode(self._layers_of)
-        self._claimed: dict[int, torch.Tensor] = {}
+        self._claimed: dict[_Place, torch.Tensor] = {}
         self._loading = False
         self._failure: str | None = None
 
@@ -369,7 +370,7 @@ class ReloadTransaction:
         it; the next checkpoint may not.
         """
         for live, new in commit.copies:
-            other = self._claimed.get(live.data_ptr())
+            other = self._claimed.get(_place(live))
             if other is not None and not same_bytes(other, new):
                 raise WeightSyncError(
                     f"weight sync sends {commit.layer} values that differ from those of "
@@ -378,7 +379,7 @@ class ReloadTransaction:
         # What will be applied at once is in the live tensor, and not kept twice.
         at_once = self._policy is CommitPolicy.LAYER
         for live, new in commit.copies:
-            self._claimed[live.data_ptr()] = live if at_once else new
+            self._claimed[_place(live)] = live if at_once else new
 
     def _apply(self, layer: StagedLayer, commit: Commit) -> None:
         layer.committed = True  # from the first copy on
@@ -392,6 +393,11 @@ class ReloadTransaction:
             owners = self._layers_of[tensor]
             if self._failure is not None or all(owner.committed for owner in owners):
                 self._mode.forget(tensor)
+
+
+def _place(tensor: torch.Tensor) -> _Place:
+    """What two tensors share if they are one; a view of a part is another tensor."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 class _Source:
