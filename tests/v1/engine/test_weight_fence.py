@@ -11,6 +11,7 @@ from torch import nn
 
 from vllm.model_executor.model_loader.reload import ReloadStatus
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.request import RequestStatus
@@ -42,6 +43,10 @@ class Worker:
         if self.rank in ranks:
             version = self.model.status.version + 1
             self.model.status = ReloadStatus("serving", version)
+
+    def half_a_sync(self) -> None:
+        version = self.model.status.version
+        self.model.status = ReloadStatus("updating", version, REASON, fenced=True)
 
     def broken_sync(self) -> None:
         version = self.model.status.version
@@ -77,6 +82,7 @@ class Scheduler:
         self.requests = {}
         self.forgotten = []
         self.can_reset = True
+        self.pause_state = PauseState.UNPAUSED
 
     def add_request(self, request) -> None:
         self.requests[request.request_id] = request
@@ -91,7 +97,10 @@ class Scheduler:
         return self.can_reset
 
     def set_pause_state(self, state) -> None:
-        pass
+        self.pause_state = state
+
+    def get_num_unfinished_requests(self) -> int:
+        return 0 if self.pause_state == PauseState.PAUSED_ALL else len(self.requests)
 
 
 def make_core(ranks: int = 1, in_process: bool = True, kind=EngineCore):
@@ -295,6 +304,48 @@ def test_a_sync_that_failed_asleep_is_fenced_after_waking_up():
     core.wake_up()
     (output,) = refusals(core)
     assert output.request_id == "waiting"
+
+
+def test_a_mixture_in_the_course_of_a_sync_is_fenced():
+    core = make_core()
+    core.add_request(make_request("running"))
+    core.collective_rpc("half_a_sync")
+    (output,) = refusals(core)
+    assert output.request_id == "running"
+    core.collective_rpc("sync")
+    core.add_request(make_request("next"))
+    assert not refusals(core)
+
+
+def test_requests_of_a_paused_engine_wait_for_the_end_of_a_sync():
+    core = make_core()
+    core.add_request(make_request("running"))
+    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    core.collective_rpc("half_a_sync")
+    core.add_request(make_request("waiting"))
+    core.collective_rpc("sync")
+    core.resume_scheduler()
+    assert set(core.scheduler.requests) == {"running", "waiting"}
+    assert not refusals(core)
+
+
+def test_a_mixture_is_fenced_when_the_engine_resumes():
+    core = make_core()
+    core.add_request(make_request("running"))
+    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    core.collective_rpc("half_a_sync")
+    core.resume_scheduler()
+    (output,) = refusals(core)
+    assert output.request_id == "running"
+
+
+def test_requests_that_a_pause_lets_finish_meet_the_fence():
+    core = make_core()
+    core.add_request(make_request("draining"))
+    core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    core.collective_rpc("half_a_sync")
+    (output,) = refusals(core)
+    assert output.request_id == "draining"
 
 
 def test_a_light_sleep_asks_nothing():

@@ -5,8 +5,9 @@
 After every RPC the workers report the state of their weights. If one of them holds a
 mixture of old and new weights, or if some ranks committed new weights and others did
 not, the fence goes up: running requests end with the reason and new ones are refused
-with it, while the engine core lives on. A complete sync takes it down. Whenever weights
-were committed, what was computed from the old ones is forgotten.
+with it, while the engine core lives on. A complete sync takes it down. Requests of an
+engine that is paused or asleep wait, and meet the fence when it resumes. Whenever
+weights were committed, what was computed from the old ones is forgotten.
 
     engine core                              workers
     collective_rpc(method) ----------------> run_and_report(method)
@@ -22,6 +23,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import ReloadStatus
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.weight_refusal import refuse
 from vllm.v1.engine.weight_state import EngineWeightState
@@ -32,8 +34,8 @@ __all__ = [
     "WeightFence",
     "fence_in_background",
     "fence_in_process",
+    "fenced_resume",
     "fenced_rpc",
-    "fenced_wake_up",
 ]
 
 logger = init_logger(__name__)
@@ -101,7 +103,7 @@ class WeightFence:
         """Remember that a sleep of this level was asked for."""
         self._dropped = self._dropped or level >= 2
 
-    def wake_up(self) -> None:
+    def resume(self) -> None:
         """Ask for the state of the weights if sleep dropped them, and act on it."""
         if self._core.model_executor.is_sleeping:
             return
@@ -113,13 +115,21 @@ class WeightFence:
     def _move(self) -> None:
         """Put the fence up or down.
 
-        While the engine sleeps requests wait and meet no weights. The weights may be
-        complete before it wakes, so the fence does not go up.
+        Requests that wait meet no weights. These may be complete before they need to
+        wait no longer, so the fence does not go up.
         """
         if self._weights.reason is None:
             self._take_down()
-        elif not self._core.model_executor.is_sleeping:
+        elif not self._requests_wait():
             self._put_up(REFUSAL.format(reason=self._weights.reason))
+
+    def _requests_wait(self) -> bool:
+        """Whether no request is served; while a pause drains, some still are."""
+        if self._core.model_executor.is_sleeping:
+            return True
+        scheduler = self._core.scheduler
+        is_paused = scheduler.pause_state != PauseState.UNPAUSED
+        return is_paused and not scheduler.get_num_unfinished_requests()
 
     def _take_down(self) -> None:
         if self._refusal is not None:
@@ -186,13 +196,16 @@ def fenced_rpc(collective_rpc: CoreMethod) -> CoreMethod:
     return watched
 
 
-def fenced_wake_up(wake_up: CoreMethod[P, R]) -> CoreMethod[P, R]:
-    """Wrap an engine core's `wake_up`: weights may be gone after a sleep."""
+def fenced_resume(resume: CoreMethod[P, R]) -> CoreMethod[P, R]:
+    """Wrap what ends a pause or a sleep of an engine core.
 
-    @wraps(wake_up)
+    The weights may be a mixture, or be gone.
+    """
+
+    @wraps(resume)
     def watched(core: Any, *args: P.args, **kwargs: P.kwargs) -> R:
-        result = wake_up(core, *args, **kwargs)
-        core.weight_fence.wake_up()
+        result = resume(core, *args, **kwargs)
+        core.weight_fence.resume()
         return result
 
     return watched

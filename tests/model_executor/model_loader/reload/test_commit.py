@@ -87,6 +87,8 @@ HOLDERS: dict[str, tuple[Callable, Callable]] = {
     ),
     "partial of a closure": (lambda w: functools.partial(_closure(w)), lambda h: h()),
 }
+
+
 @pytest.mark.parametrize(
     "make, read",
     [pytest.param(*how, id=name) for name, how in HOLDERS.items()],

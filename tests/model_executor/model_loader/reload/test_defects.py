@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import vllm
-
 from tests.checkpoints import CASES, chunks
 from tests.harness.snapshot import Snapshot, assert_same, snapshot
 from vllm.model_executor.model_loader.reload import (
@@ -235,7 +234,9 @@ def test_old_weights_serve_until_the_end(server, policy):
     with server.built.worker_context():
         initialize_layerwise_reload(model)
         model.load_weights(list(server.new.items())[:-1])
-        assert reload_status(model).state == "updating"
+        status = reload_status(model)
+        assert status.state == "updating"
+        assert status.fenced == (policy == "layer") == ("committed" in status.detail)
         if policy == "model":
             assert_same(server.serving(), server.before)
         abort_layerwise_reload(model, "test")
@@ -272,6 +273,11 @@ def test_dummy_weights_owe_everything(policy, make_model, cold_load, nan_memory)
     assert reload_status(model).state == "inconsistent"
     assert not reload_status(model).fenced
     server = Server(built, cold_load)
+    with server.built.worker_context():
+        initialize_layerwise_reload(model)
+        short = server.new[EXPERT][:3, :3].contiguous()
+        with pytest.raises(WeightSyncError, match=r"expert 0 down: got \[3, 3\]"):
+            model.load_weights([(EXPERT, short)])
     norm = "model.layers.1.input_layernorm.weight"
     lacking = {n: t for n, t in server.new.items() if n != norm}
     with pytest.raises(WeightSyncError, match="layers.1.input_layernorm.weight"):

@@ -82,6 +82,9 @@ def test_ledger_agrees_with_a_mask(data):
         mask[box.slices()] = False
         assert ledger.complete == (not mask.any())
         assert torch.equal(mark(shape, ledger.missing()), mask.int())
+        assert ledger.missing_within(box) == 0
+        region = data.draw(boxes(shape))
+        assert ledger.missing_within(region) == mask[region.slices()].sum()
 
 
 def test_writing_twice_counts_once():

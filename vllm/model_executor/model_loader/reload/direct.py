@@ -94,6 +94,12 @@ class DirectSync:
         """Whether a layer may still be filled."""
         return any(self._open_layers())
 
+    @property
+    def mixture(self) -> str:
+        """How much of the model serves new weights already; empty if nothing does."""
+        filled = len(list(self._layers())) - len(list(self._open_layers()))
+        return f"{filled} modules have new weights" if filled else ""
+
     @torch.no_grad()
     def open(self) -> None:
         """Show meta tensors in every layer, and keep those that serve."""
@@ -129,12 +135,11 @@ class DirectSync:
     def abort(self, reason: str) -> None:
         """Let the layers that are open serve their old values, and close."""
         left = list(self._open_layers())
-        filled = len(list(self._layers())) - len(left)
-        if left and filled:
+        if left and self.mixture:
             self._reload.fenced = True
             self._reload.lost = (
-                f"a weight sync ended after {filled} modules had new weights; complete "
-                f"a sync to serve again. It ended at {reason}"
+                f"a weight sync ended when {self.mixture}; complete a sync to serve "
+                f"again. It ended at {reason}"
             )
         self._close(left)
 

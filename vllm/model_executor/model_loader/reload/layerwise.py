@@ -97,8 +97,8 @@ def finalize_layerwise_reload(
     """Commit the open sync.
 
     Raises:
-        WeightSyncError: it is incomplete or invalid, was aborted, or never started. The old weights
-            serve on, or the model is inconsistent: see `reload_status`.
+        WeightSyncError: it is incomplete or invalid, was aborted, or never started. The
+            old weights serve on, or the model is inconsistent: see `reload_status`.
 
     """
     model = _unwrapped(model)

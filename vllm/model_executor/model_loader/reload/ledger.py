@@ -35,6 +35,10 @@ class Box:
         """Index that selects this box from its tensor."""
         return tuple(slice(a, b) for a, b in zip(self.start, self.stop))
 
+    def at(self, index: int) -> "Box":
+        """The part of this box at one index of the first dimension."""
+        return Box((index, *self.start[1:]), (index + 1, *self.stop[1:]))
+
     def meets(self, other: "Box") -> bool:
         """Whether the two boxes share an element."""
         return all(
@@ -128,13 +132,31 @@ class Ledger:
         boxes = (box for lane in self._open.values() for box in lane)
         return sorted(boxes, key=lambda box: box.start)
 
+    def missing_within(self, region: Box) -> int:
+        """How many elements of `region` are not yet written.
+
+        With slack nobody knows which of them may stay so: none.
+        """
+        if self.complete or self._slack:
+            return 0
+        pairs = (
+            (box, part)
+            for lane, part in _lanes(region)
+            for box in self._open.get(lane, ())
+            if box.meets(part)
+        )
+        return sum(
+            box.numel - sum(rest.numel for rest in box.minus(part))
+            for box, part in pairs
+        )
+
 
 def _lanes(box: Box) -> Iterator[tuple[int, Box]]:
     if len(box.start) < 3:
         yield 0, box
         return
     for lane in range(box.start[0], box.stop[0]):
-        yield lane, Box((lane, *box.start[1:]), (lane + 1, *box.stop[1:]))
+        yield lane, box.at(lane)
 
 
 def boxes_of_view(view: torch.Tensor, owner: torch.Tensor) -> list[Box]:

@@ -16,7 +16,17 @@ import torch
 from .errors import Finding
 from .ledger import Box
 
-__all__ = ["describe"]
+__all__ = ["describe", "shard_box"]
+
+
+def shard_box(tensor: torch.Tensor, expert: int, shard_id: str) -> Box:
+    """The box of one expert's shard ("w1", "w2" or "w3") in a tensor [E, ...]."""
+    box = Box.whole(tensor.shape).at(expert)
+    if shard_id not in ("w1", "w3") or tensor.dim() < 2:
+        return box
+    half = tensor.shape[1] // 2
+    begin, end = (0, half) if shard_id == "w1" else (half, 2 * half)
+    return Box((expert, begin, *box.start[2:]), (expert + 1, end, *box.stop[2:]))
 
 
 def describe(

@@ -26,7 +26,7 @@ from .errors import Finding, WeightSyncError
 from .fingerprint import Fingerprint
 from .ledger import Box, Ledger, boxes_of_view
 from .recording import FirstLoad, LoaderCall, TensorSpec, wrote
-from .regions import describe
+from .regions import describe, shard_box
 
 __all__ = ["StagedLayer", "StagedLoader", "StagedTensor", "StagingMode"]
 
@@ -159,17 +159,23 @@ class StagedLoader:
         """
         call, weight = LoaderCall.split(args, kwargs)
         first = self.tensor.first_load
-        if weight is not None:
-            self._check(call, first.expected(call), weight)
-            self.tensor.calls.note(call, weight)
-        return self.original(*args, **kwargs)
+        if weight is None:
+            return self.original(*args, **kwargs)
+        self._check(call, first.expected(call), weight)
+        self.tensor.calls.note(call, weight)
+        result = self.original(*args, **kwargs)
+        if not (first.calls or first.ambiguous):
+            self._check_filled(call, weight)
+        return result
 
-    def _expert_box(self, call: LoaderCall) -> Box | None:
-        """The expert that a call is about, where it says so and all are local."""
-        expert, shape = dict(call.kwargs).get("expert_id"), self.tensor.meta.shape
-        if not isinstance(expert, int) or not shape or expert >= shape[0]:
+    def _shard_box(self, call: LoaderCall) -> Box | None:
+        """The expert's shard that a call is about, where it says so."""
+        named, meta = dict(call.kwargs), self.tensor.meta
+        expert, shard_id = named.get("expert_id"), named.get("shard_id")
+        if not isinstance(expert, int) or not isinstance(shard_id, str):
             return None
-        return Box((expert,) + (0,) * (len(shape) - 1), (expert + 1, *shape[1:]))
+        is_local = meta.dim() > 0 and expert < meta.shape[0]
+        return shard_box(meta, expert, shard_id) if is_local else None
 
     def __eq__(self, other: object) -> bool:
         """Equal to the original, by which models tell the default loader."""
@@ -189,7 +195,26 @@ class StagedLoader:
             raise self.tensor.refuse(
                 f"expected {expected}, as first loaded, got {came}; send the tensor "
                 "in the checkpoint's layout",
-                self._expert_box(call),
+                self._shard_box(call),
+            )
+
+    def _check_filled(self, call: LoaderCall, weight: torch.Tensor) -> None:
+        """Check a shape that no first load tells: loaders copy the part that fits.
+
+        A call for gate or up fills half of its expert, in whichever dimension, or all
+        of it where nothing is fused.
+        """
+        shard = self._shard_box(call)
+        if shard is None:
+            return
+        expert = Box.whole(self.tensor.meta.shape).at(shard.start[0])
+        left = self.tensor.ledger.missing_within(expert)
+        halves = (0, expert.numel // 2) if shard != expert else (0,)
+        if left not in halves:
+            raise self.tensor.refuse(
+                f"got {TensorSpec.of(weight)}, which does not fill it; send the tensor "
+                "in the checkpoint's layout",
+                shard,
             )
 
 

@@ -15,13 +15,14 @@ class ReloadStatus:
     """State of a model's weights.
 
     Attributes:
-        state: "serving" whole weights of one version; "updating" while a sync is open
-            and the old weights are whole; "inconsistent" when the weights are a
-            mixture, were lost, or never were loaded, until a complete sync.
+        state: "serving" whole weights of one version; "updating" while a sync is open;
+            "inconsistent" when what is left of a sync is a mixture, or the weights
+            were lost or never loaded, until a complete sync.
         version: complete syncs so far.
-        detail: why, when inconsistent.
-        fenced: whether requests must be refused. Weights that were never loaded
-            (`load_format=dummy`) are inconsistent, but there to be run.
+        detail: why requests must be refused, or why the weights are inconsistent.
+        fenced: whether requests must be refused: after a sync that left a mixture, and
+            during one from the first layer that it committed. Weights that were never
+            loaded (`load_format=dummy`) are inconsistent, but there to be run.
 
     """
 

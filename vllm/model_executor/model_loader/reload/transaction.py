@@ -64,6 +64,10 @@ class Sync(Protocol):
     def is_open(self) -> bool:
         """Whether weights may still be loaded."""
 
+    @property
+    def mixture(self) -> str:
+        """How much of the model serves new weights already; empty if nothing does."""
+
     def finish(self, model_config: ModelConfig | None) -> None:
         """Let the new weights serve."""
 
@@ -94,8 +98,11 @@ class ModelReload:
     def status(self) -> ReloadStatus:
         if self.lost:
             return ReloadStatus("inconsistent", self.version, self.lost, self.fenced)
-        is_open = self.transaction is not None and self.transaction.is_open
-        return ReloadStatus("updating" if is_open else "serving", self.version)
+        if self.transaction is None or not self.transaction.is_open:
+            return ReloadStatus("serving", self.version)
+        mixture = self.transaction.mixture
+        detail = mixture and f"a weight sync is under way: {mixture}"
+        return ReloadStatus("updating", self.version, detail, fenced=bool(mixture))
 
 
 class ReloadTransaction:
@@ -148,6 +155,13 @@ class ReloadTransaction:
     def is_open(self) -> bool:
         """Whether weights may still be loaded."""
         return self._failure is None and self._reload.transaction is self
+
+    @property
+    def mixture(self) -> str:
+        """How much of the model serves new weights already; empty if nothing does."""
+        committed = sum(layer.committed for layer in self._layers)
+        total = len(self._layers)
+        return f"{committed} of {total} layers are committed" if committed else ""
 
     def open(self) -> None:
         """Take the model's `load_weights`, or show the staged tensors."""
@@ -211,12 +225,11 @@ class ReloadTransaction:
         if self._failure is not None:
             return
         self._failure = reason
-        committed = sum(layer.committed for layer in self._layers)
-        if committed:
+        if self.mixture:
             self._reload.fenced = True
             self._reload.lost = (
-                f"a weight sync failed after {committed} of {len(self._layers)} layers "
-                f"were committed; complete a sync to serve again. It failed at {reason}"
+                f"a weight sync failed when {self.mixture}; complete a sync to serve "
+                f"again. It failed at {reason}"
             )
         for layer in self._layers:
             self._drop(layer)
@@ -373,8 +386,8 @@ class ReloadTransaction:
             other = self._claimed.get(_place(live))
             if other is not None and not same_bytes(other, new):
                 raise WeightSyncError(
-                    f"weight sync sends {commit.layer} values that differ from those of "
-                    "the layer whose memory it shares; load the checkpoint anew"
+                    f"weight sync sends {commit.layer} values that differ from those "
+                    "of the layer whose memory it shares; load the checkpoint anew"
                 )
         # What will be applied at once is in the live tensor, and not kept twice.
         at_once = self._policy is CommitPolicy.LAYER
