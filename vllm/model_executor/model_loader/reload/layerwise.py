@@ -202,7 +202,7 @@ def _place_kernel_tensors(layer: torch.nn.Module, info: LayerReloadingInfo) -> N
         delattr(layer, name)
     params, buffers = info.kernel_tensors
     for name, param in params.items():
-        layer.register_parameter(name, param)
+        setattr(layer, name, param)
     for name, buffer in buffers.items():
         persistent = name not in info.kernel_non_persistent_buffers
         layer.register_buffer(name, buffer, persistent=persistent)

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from .fingerprint import same_bytes
 
-__all__ = ["PristineLayer", "Shadow", "ShadowPart"]
+__all__ = ["PristineLayer", "Shadow", "ShadowPart", "copy_if_small"]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 # Larger tensors, a KV cache or a rotary table, are not results of processing.
@@ -141,7 +141,7 @@ class PristineLayer:
                 return MethodType(value.__func__, known[value.__self__.key])
             if type(value) in (dict, list, tuple, set):
                 return _map(value, thaw)
-            return _copy_if_small(value)
+            return copy_if_small(value)
 
         def revive(key: int) -> Any:
             if key not in known:
@@ -174,8 +174,8 @@ def _is_helper(value: Any) -> bool:
     return callable(getattr(value, "process_weights_after_loading", None))
 
 
-def _copy_if_small(value: Any) -> Any:
-    """Processing may write into a tensor attribute; the live one must not notice."""
+def copy_if_small(value: Any) -> Any:
+    """A copy for processing to write to, unless it is no tensor, or a large table."""
     small = isinstance(value, torch.Tensor) and value.nbytes <= _MAX_COPIED_BYTES
     return value.clone() if small and not value.is_meta else value
 
@@ -183,7 +183,7 @@ def _copy_if_small(value: Any) -> Any:
 def _mark(value: Any) -> tuple[Any, Any]:
     """A value, and what tells whether it was written in place."""
     if isinstance(value, torch.Tensor):
-        return value, (value._version, _copy_if_small(value))
+        return value, (value._version, copy_if_small(value))
     if type(value) is dict:
         return value, [_mark(item) for pair in value.items() for item in pair]
     if type(value) in (list, tuple, set):

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from .commit import Commit, prepare_commit
 from .errors import Finding
 from .meta import storage_address
-from .pristine import Shadow
+from .pristine import Shadow, copy_if_small
 from .registry import get_layerwise_info
 from .scales import invalid_scales
 from .staging import StagedLayer
@@ -123,7 +123,7 @@ def _shadow_of(
         if own
         else dict(layer._parameters)
     )
-    buffers = {name: _copy_if_small(b) for name, b in layer._buffers.items()}
+    buffers = {name: copy_if_small(b) for name, b in layer._buffers.items()}
     if renew:
         created = get_layerwise_info(layer).created
         buffers |= {
@@ -133,10 +133,3 @@ def _shadow_of(
     pristine = get_layerwise_info(layer).pristine
     assert pristine is not None, "record_metadata_for_reloading was never called"
     return pristine.shadow(layer, params, buffers, dict(children))
-
-
-def _copy_if_small(buffer: torch.Tensor | None) -> torch.Tensor | None:
-    """Processing writes into scales; it reads tables, which need no copy."""
-    if buffer is None or buffer.nbytes > 1 << 20:
-        return buffer
-    return buffer.clone()
