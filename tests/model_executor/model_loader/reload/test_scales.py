@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from vllm.model_executor.layers.fused_moe import scale_scan
+from vllm.model_executor.model_loader.reload import scales
 from vllm.model_executor.model_loader.reload.scales import invalid_scales
 
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -80,3 +82,18 @@ def test_zero_input_scale():
 
 def test_zero_scale_of_int8_weight():
     assert refused(torch.ones(4, 4, dtype=torch.int8), torch.zeros(4, 1)) == 4
+
+
+def test_a_kernel_says_which_to_look_at(monkeypatch):
+    """The scan sees what is on an accelerator and of a type it knows."""
+    found = scale_scan.ScaleFaults("bad", 1, 0, 0, 0, (0,), math.nan)
+    scanned: list[str] = []
+    monkeypatch.setattr(scales, "HAS_TRITON", True)
+    monkeypatch.setattr(
+        scale_scan, "scan_scales", lambda given: scanned.extend(given) or [found]
+    )
+    on_device = {"good": torch.float32, "bad": E8M0, "odd": torch.float8_e4m3fn}
+    tensors = {n: torch.empty(1, dtype=t, device="meta") for n, t in on_device.items()}
+    tensors["host"] = torch.ones(1)
+    assert scales.suspect_scales(tensors) == ["bad", "host", "odd"]
+    assert scanned == ["good", "bad"]

@@ -16,11 +16,21 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from vllm.triton_utils import HAS_TRITON
+
 from .errors import Finding
 from .ledger import Box
 from .regions import describe
 
-__all__ = ["invalid_scales", "is_activation_quantity", "is_scale", "weight_of_scale"]
+__all__ = [
+    "bad_blocks",
+    "describe_blocks",
+    "invalid_scales",
+    "is_activation_quantity",
+    "is_scale",
+    "suspect_scales",
+    "weight_of_scale",
+]
 
 _SCALE = re.compile(r"(?:^|_)scale(?:_inv|_2)?$")
 _QUANTITY = re.compile(r"(?<!weight)_(?:scale|zero_point)$|^scale$")
@@ -61,18 +71,45 @@ def invalid_scales(
 
     """
     findings: list[Finding] = []
-    for name in sorted(filter(is_scale, written)):
-        scale = _as_float(tensors[name])
-        weight = tensors.get(weight_of_scale(name) or "")
-        bad = ~(torch.isfinite(scale) & (scale > 0))
-        if not bad.any():
-            continue
-        if weight is not None and weight.dtype in _UNPACKED:
-            bad &= ~((scale == 0) & _zero_blocks(weight, scale))
-        elif weight is not None:  # packed: which values a block has is not seen
-            bad &= scale != 0
-        findings += _findings(layer, name, scale, bad)
+    for name in suspect_scales({n: tensors[n] for n in filter(is_scale, written)}):
+        scale, bad = bad_blocks(tensors, name)
+        findings += describe_blocks(layer, name, scale, bad)
     return findings
+
+
+def suspect_scales(scales: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names, sorted, of the scales to look at closely: those that a kernel finds bad.
+
+    One launch and one synchronisation for all; where no kernel can tell, all names.
+    """
+    if not HAS_TRITON:
+        return sorted(scales)
+    from vllm.model_executor.layers.fused_moe.scale_scan import (
+        SCALE_DTYPES,
+        scan_scales,
+    )
+
+    scanned = {
+        name: scale
+        for name, scale in scales.items()
+        if not scale.is_cpu and scale.dtype in SCALE_DTYPES
+    }
+    bad = {faults.name for faults in scan_scales(scanned)}
+    return sorted((scales.keys() - scanned.keys()) | bad)
+
+
+def bad_blocks(
+    tensors: Mapping[str, torch.Tensor], name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of a scale among a layer's tensors, and which of them are invalid."""
+    scale = _as_float(tensors[name])
+    weight = tensors.get(weight_of_scale(name) or "")
+    bad = ~(torch.isfinite(scale) & (scale > 0))
+    if weight is None or not bad.any():
+        return scale, bad
+    if weight.dtype in _UNPACKED:
+        return scale, bad & ~((scale == 0) & _zero_blocks(weight, scale))
+    return scale, bad & (scale != 0)  # packed: which values a block has is not seen
 
 
 def _as_float(scale: torch.Tensor) -> torch.Tensor:
@@ -84,9 +121,10 @@ def _as_float(scale: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _findings(
+def describe_blocks(
     layer: str, name: str, scale: torch.Tensor, bad: torch.Tensor
 ) -> Iterator[Finding]:
+    """A finding about each invalid value of a scale, up to a number worth reading."""
     for index in bad.nonzero()[:_MAX_FINDINGS].tolist():
         value = scale[tuple(index)].item()
         box = Box(tuple(index), tuple(i + 1 for i in index))
