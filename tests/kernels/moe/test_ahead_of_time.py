@@ -87,15 +87,18 @@ _GEMM = Kernel(
         **dict.fromkeys(_GEMM_SIZES, "i32"),
     ),
     constexprs=dict(
+        b_desc=None,
         bias_ptr=None,
         GROUP_N=128,
         GROUP_K=128,
         TOP_K=8,
         SWAP_AB=False,
+        ROUTED_BLOCK_M=64,
         BLOCK_SIZE_M=64,
         BLOCK_SIZE_N=128,
         BLOCK_SIZE_K=128,
         GROUP_SIZE_M=16,
+        SLICES_N=1,
     ),
     options=dict(num_warps=4, num_stages=3),
 )
@@ -104,6 +107,13 @@ KERNELS = {
     "gemm, few tokens": replace(
         _GEMM,
         constexprs={**_GEMM.constexprs, "SWAP_AB": True, "BLOCK_SIZE_M": 16},
+    ),
+    "gemm, slices": replace(
+        _GEMM,
+        targets=("sm_90", "sm_100", "sm_120"),
+        signature={**_GEMM.signature, "b_desc": "tensordesc<fp8e4nv[64, 128]>"},
+        constexprs={k: v for k, v in _GEMM.constexprs.items() if k != "b_desc"}
+        | {"SLICES_N": 2},
     ),
     "gemm, channels": replace(
         _GEMM, constexprs={**_GEMM.constexprs, "GROUP_N": 1, "GROUP_K": 0}

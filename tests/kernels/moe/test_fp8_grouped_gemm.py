@@ -18,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.fp8_grouped_gemm import (
     fp8_grouped_gemm,
 )
 from vllm.model_executor.layers.fused_moe.scale_watch import ScaleWatch
+from vllm.model_executor.layers.fused_moe.tile import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.forked] if DEVICE.type == "cuda" else []
@@ -93,35 +94,30 @@ def route(experts: torch.Tensor, block_m: int, mapping: torch.Tensor) -> Routing
     in_use = torch.tensor([slots.numel()], dtype=torch.int32, device=DEVICE)
     unused = slots.new_full((2 * block_m,), total)  # what a worst case leaves over
     owner = torch.tensor([*owners, -1, -1], dtype=torch.int32, device=DEVICE)
-    return Routing(torch.cat([slots, unused]), owner, in_use, T)
+    return Routing(torch.cat([slots, unused]), owner, in_use, T, block_m)
 
 
-def config(block_m: int, block_n: int = 64, block_k: int = 64) -> dict[str, int]:
-    return dict(
-        BLOCK_SIZE_M=block_m,
-        BLOCK_SIZE_N=block_n,
-        BLOCK_SIZE_K=block_k,
-        GROUP_SIZE_M=4,
-        num_warps=4,
-        num_stages=3,
-    )
+def tile(block_m: int, block_n: int = 64, **more) -> Tile:
+    options = dict(num_warps=4, num_stages=3)
+    return Tile(block_m, block_n, block_k=64, group_m=4, options=options, **more)
 
 
 def run(
     p: Problem,
-    tile: dict[str, int],
+    cut: Tile,
     mapping: torch.Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     watch: ScaleWatch | None = None,
+    routed_block_m: int | None = None,
     **more,
 ) -> torch.Tensor:
     m, n = p.a.shape[0], p.b.shape[1]
     c = torch.full((m, T, n), float("nan"), dtype=dtype, device=DEVICE)
     mapping = torch.arange(E) if mapping is None else mapping
-    routing = route(p.experts, tile["BLOCK_SIZE_M"], mapping)
+    routing = route(p.experts, routed_block_m or cut.block_m, mapping)
     scales = p.a_scale, p.b_scale
     fp8_grouped_gemm(
-        p.a, p.b, c, *scales, routing, tile, p.block_shape, watch=watch, **more
+        p.a, p.b, c, *scales, routing, cut, p.block_shape, watch=watch, **more
     )
     return c.flatten(0, 1)
 
@@ -139,14 +135,31 @@ SCALINGS = ["channel", "tensor", (128, 128), (64, 128), (32, 32), (48, 96)]
 @pytest.mark.parametrize("m", TOKENS)
 def test_product_equals_the_dequantised_one(m, block_m, scaling):
     p = problem(m, 160, 208, scaling)  # neither is a multiple of a tile
-    assert_close(run(p, config(block_m)), p.expected())
+    assert_close(run(p, tile(block_m)), p.expected())
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize("tma_b", [False, True])
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("m", TOKENS)
+def test_a_tile_may_be_two_slices(m, block_m, tma_b, scaling):
+    p = problem(m, 160, 208, scaling)  # a slice ends at 160, or begins after it
+    out = run(p, tile(block_m, 128, slices_n=2, tma_b=tma_b))
+    assert_close(out, p.expected())
+    assert torch.equal(out, run(p, tile(block_m))), "slices change no sum"
+
+
+def test_a_tile_may_be_a_part_of_a_block():
+    p = problem(33, 128, 128, (128, 128))
+    out = run(p, tile(16), routed_block_m=64)
+    assert torch.equal(out, run(p, tile(16)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bias_and_routing_weights(dtype):
     p = problem(9, 96, 128, (32, 64))
     bias = torch.rand(E, 96, device=DEVICE)
-    out = run(p, config(16), dtype=dtype, bias=bias, topk_weights=p.weights)
+    out = run(p, tile(16), dtype=dtype, bias=bias, topk_weights=p.weights)
     expected = p.expected() + bias.double()[p.experts.flatten()]
     assert_close(out, expected * p.weights.double().reshape(-1, 1))
 
@@ -154,7 +167,7 @@ def test_bias_and_routing_weights(dtype):
 def test_outputs_of_experts_elsewhere_are_zero():
     p = problem(33, 128, 128, (128, 128))
     mapping = torch.tensor([0, -1, 2, -1])
-    out, expected = run(p, config(16), mapping), p.expected()
+    out, expected = run(p, tile(16), mapping), p.expected()
     elsewhere = (p.experts.flatten() % 2 == 1)[:, None]
     assert_close(out, expected.masked_fill(elsewhere, 0.0))
 
@@ -164,23 +177,24 @@ def test_each_block_may_hold_one_slot():
     slots = p.experts.numel()
     padded = torch.tensor([slots * 16], dtype=torch.int32, device=DEVICE)
     c = torch.full((3, T, 128), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    routing = Routing(None, p.experts.flatten(), padded, T)
+    routing = Routing(None, p.experts.flatten(), padded, T, 16)
     scales = p.a_scale, p.b_scale
-    fp8_grouped_gemm(p.a, p.b, c, *scales, routing, config(16), p.block_shape)
+    fp8_grouped_gemm(p.a, p.b, c, *scales, routing, tile(16), p.block_shape)
     assert_close(c.flatten(0, 1), p.expected())
 
 
+@pytest.mark.parametrize("slices_n", [1, 2])
 @pytest.mark.parametrize(
     "scaling, value", [((64, 64), "nan"), ((128, 64), "inf"), ((32, 128), "-1")]
 )
-def test_a_bad_scale_is_named_wherever_it_is(scaling, value):
+def test_a_bad_scale_is_named_wherever_it_is(scaling, value, slices_n):
     for index in torch.ones(problem(8, 160, 208, scaling).b_scale.shape).nonzero():
         p = problem(8, 160, 208, scaling)
         p.experts[:, 0] = index[0]  # so that this expert is active
         p.experts[:, 1] = (index[0] + 1) % E
         p.b_scale[tuple(index)] = float(value)
         watch = ScaleWatch(DEVICE)
-        run(p, config(16), watch=watch)
+        run(p, tile(16, 64 * slices_n, slices_n=slices_n), watch=watch)
         torch.cuda.synchronize() if DEVICE.type == "cuda" else None
         found = watch.poll()
         assert found is not None
@@ -194,7 +208,7 @@ def test_a_bad_scale_without_blocks_is_named(scaling):
     p.experts[:, 0], p.experts[:, 1] = 1, 2
     p.b_scale[1] = float("nan")
     watch = ScaleWatch(DEVICE)
-    run(p, config(16), watch=watch)
+    run(p, tile(16), watch=watch)
     torch.cuda.synchronize() if DEVICE.type == "cuda" else None
     found = watch.poll()
     assert found is not None and (found.expert, found.block_k) == (1, 0)
@@ -205,7 +219,7 @@ def test_a_bad_scale_of_an_inactive_expert_is_not_seen():
     p.experts[:, 0], p.experts[:, 1] = 0, 1
     p.b_scale[2:] = float("nan")
     watch = ScaleWatch(DEVICE)
-    assert_close(run(p, config(16), watch=watch), p.expected())
+    assert_close(run(p, tile(16), watch=watch), p.expected())
     assert watch.poll() is None
 
 
@@ -215,7 +229,7 @@ def test_good_scales_are_never_reported():
         p = problem(5, 128, 128, (64, 64), seed)
         p.b_scale[0, 0] = torch.tensor([0.0, -0.0])
         p.b_scale[1, 0, 0] = 1e-40
-        run(p, config(16), watch=watch)
+        run(p, tile(16), watch=watch)
     torch.cuda.synchronize() if DEVICE.type == "cuda" else None
     assert watch.poll() is None
 
@@ -224,7 +238,7 @@ def test_a_watch_can_be_reset():
     p = problem(8, 128, 128, (64, 64))
     p.b_scale.fill_(float("nan"))
     watch = ScaleWatch(DEVICE)
-    run(p, config(16), watch=watch)
+    run(p, tile(16), watch=watch)
     torch.cuda.synchronize() if DEVICE.type == "cuda" else None
     assert watch.poll() is not None
     watch.reset()
@@ -235,13 +249,13 @@ def test_a_watch_can_be_reset():
 def test_a_replayed_graph_reports_what_was_planted_later():
     p = problem(33, 256, 256, (128, 128))
     watch = ScaleWatch(DEVICE)
-    tile, routing = config(16), route(p.experts, 16, torch.arange(E))
+    routing = route(p.experts, 16, torch.arange(E))
     c = torch.empty(33, T, 256, dtype=torch.bfloat16, device=DEVICE)
 
     def launch():
         scales = p.a_scale, p.b_scale
         fp8_grouped_gemm(
-            p.a, p.b, c, *scales, routing, tile, p.block_shape, watch=watch
+            p.a, p.b, c, *scales, routing, tile(16), p.block_shape, watch=watch
         )
 
     launch()
@@ -272,4 +286,4 @@ def test_wrong_inputs_are_refused_before_a_launch(name, change, message):
     p = problem(8, 128, 128, (64, 64))
     setattr(p, name, change(getattr(p, name)))
     with pytest.raises(ValueError, match=message):
-        run(p, config(16))
+        run(p, tile(16))

@@ -13,14 +13,15 @@ Each program computes one tile of the output: `BLOCK_M` token slots that were so
 the same expert, and `BLOCK_N` of its output features.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm.model_executor.layers.fused_moe.scale_watch import ScaleWatch
+from vllm.model_executor.layers.fused_moe.tile import Tile
 
 __all__ = ["Routing", "fp8_grouped_gemm", "fp8_grouped_gemm_kernel"]
 
@@ -32,12 +33,13 @@ class Routing:
     """Which token slots each program computes; a slot is a token's turn at an expert.
 
     Attributes:
-        slots: [blocks * BLOCK_SIZE_M] int32, sorted by expert and padded with M * T, or
-            None if block i holds slot i alone.
+        slots: [blocks * block_m] int32, sorted by expert and padded with M * T, or None
+            if block i holds slot i alone.
         experts: [blocks] int32 or int64, local expert of each block; -1 if it is on
             another rank, and its outputs are zero.
         padded: [1] int32, how many of `slots` are in use.
         top_k: T; 1 if there is a row of A for each slot.
+        block_m: slots in a block; all go to one expert.
 
     """
 
@@ -45,6 +47,7 @@ class Routing:
     experts: torch.Tensor
     padded: torch.Tensor
     top_k: int
+    block_m: int
 
 
 def fp8_grouped_gemm(
@@ -54,7 +57,7 @@ def fp8_grouped_gemm(
     a_scale: torch.Tensor,
     b_scale: torch.Tensor,
     routing: Routing,
-    config: Mapping[str, int],
+    tile: Tile,
     block_shape: tuple[int, int] | None = None,
     bias: torch.Tensor | None = None,
     topk_weights: torch.Tensor | None = None,
@@ -71,7 +74,7 @@ def fp8_grouped_gemm(
         b_scale: float32; [E, ceil(N / n), ceil(K / k)] with blocks, else [E, N] or
             [E, N, 1] for a scale an output feature, or [E].
         routing: which slots go to which expert.
-        config: the tile: BLOCK_SIZE_M, _N and _K, GROUP_SIZE_M, num_warps, num_stages.
+        tile: what one program computes; its `block_m` divides that of `routing`.
         block_shape: (n, k), the block of weights that shares a scale.
         bias: [E, N], added before routing weights are applied.
         topk_weights: [M, T] float32; outputs are multiplied by them.
@@ -81,25 +84,16 @@ def fp8_grouped_gemm(
         ValueError: a tensor has another shape, dtype, stride or device.
 
     """
-    num_experts, n, k = b.shape
     _check(a, b, c, a_scale, b_scale, routing, block_shape, bias)
+    n, k = b.shape[1:]
     group_n, group_k = block_shape or (1 if b_scale.dim() > 1 else 0, 0)
-    tile = dict(config)
-    tile.pop("SPLIT_K", None)
-    if group_k:
-        tile["BLOCK_SIZE_K"] = min(tile["BLOCK_SIZE_K"], group_k & -group_k)
-    size_m = tile["BLOCK_SIZE_M"]
+    block_k = min(tile.block_k, group_k & -group_k) if group_k else tile.block_k
     num_slots = c.shape[0] * c.shape[1]
-    if routing.slots is None:
-        blocks_m = num_slots
-    else:  # tokens of one expert are distinct, so few tokens fill few blocks
-        blocks_m = triton.cdiv(routing.slots.numel(), size_m)
-        if a.shape[0] < size_m:
-            blocks_m = min(blocks_m, num_slots)
-    grid = (blocks_m * triton.cdiv(n, tile["BLOCK_SIZE_N"]),)
-    fp8_grouped_gemm_kernel[grid](
+    blocks_m = _blocks_in_m(num_slots, routing, tile)
+    fp8_grouped_gemm_kernel[blocks_m * triton.cdiv(n, tile.block_n),](
         a,
         b,
+        _descriptor(b, tile, block_k),
         c,
         bias,
         a_scale,
@@ -128,9 +122,36 @@ def fp8_grouped_gemm(
         GROUP_N=group_n,
         GROUP_K=group_k,
         TOP_K=routing.top_k,
-        SWAP_AB=size_m < 64 <= tile["BLOCK_SIZE_N"],
-        **tile,
+        SWAP_AB=tile.block_m < 64 <= tile.block_n,
+        ROUTED_BLOCK_M=routing.block_m,
+        BLOCK_SIZE_M=tile.block_m,
+        BLOCK_SIZE_N=tile.block_n,
+        BLOCK_SIZE_K=block_k,
+        GROUP_SIZE_M=tile.group_m,
+        SLICES_N=tile.slices_n,
+        **tile.options,
     )
+
+
+def _blocks_in_m(num_slots: int, routing: Routing, tile: Tile) -> int:
+    """Return how many tiles in M may hold tokens."""
+    if routing.slots is None:
+        return num_slots
+    # A block that is in use holds a slot, so few slots fill few blocks.
+    most = num_slots * (routing.block_m // tile.block_m)
+    return min(triton.cdiv(routing.slots.numel(), tile.block_m), most)
+
+
+def _descriptor(b: torch.Tensor, tile: Tile, block_k: int) -> TensorDescriptor | None:
+    """Describe the weights to the tensor memory accelerator, if the tile wants it.
+
+    It takes rows that start at multiples of 16 bytes.
+    """
+    num_experts, n, k = b.shape
+    if not tile.tma_b or not b.is_contiguous() or k % 16 or b.data_ptr() % 16:
+        return None
+    box = [tile.block_n // tile.slices_n, block_k]
+    return TensorDescriptor(b, [num_experts * n, k], [k, 1], box)
 
 
 def _check(a, b, c, a_scale, b_scale, routing, block_shape, bias) -> None:
@@ -205,10 +226,11 @@ def _record_bad_scale(
             tl.store(host_word_ptr, word)
 
 
-@triton.jit(do_not_specialize=["slot"])
+@triton.jit(do_not_specialize=["slot", "num_blocks_m", "num_slots"])
 def fp8_grouped_gemm_kernel(
     a_ptr,
     b_ptr,
+    b_desc,
     c_ptr,
     bias_ptr,
     a_scale_ptr,
@@ -238,14 +260,17 @@ def fp8_grouped_gemm_kernel(
     GROUP_K: tl.constexpr,
     TOP_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
+    ROUTED_BLOCK_M: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
+    SLICES_N: tl.constexpr,
 ):
     """Compute one tile of C; the launcher above says what the tensors are.
 
     Args:
+        b_desc: b as [E * N, K] for the tensor memory accelerator, or None.
         GROUP_N: n; 1 for a scale an output feature, 0 for one an expert.
         GROUP_K: k, a multiple of BLOCK_SIZE_K; 0 without blocks.
         SWAP_AB: multiply weights by tokens: the matrix units take no fewer than 64
@@ -270,92 +295,93 @@ def fp8_grouped_gemm_kernel(
     offs_m = tl.arange(0, BLOCK_SIZE_M)
     if slots_ptr is None:
         slots = tl.where(offs_m == 0, pid_m, num_slots)
+        expert = tl.load(experts_ptr + pid_m).to(tl.int64)
     else:
         slots = tl.load(slots_ptr + pid_m * BLOCK_SIZE_M + offs_m)
+        expert = tl.load(experts_ptr + pid_m * BLOCK_SIZE_M // ROUTED_BLOCK_M)
+        expert = expert.to(tl.int64)
     is_token = slots < num_slots
-    offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
-    c_ptrs = c_ptr + slots.to(tl.int64)[:, None] * stride_cm + offs_n[None, :]
-    c_mask = is_token[:, None] & (offs_n < N)[None, :]
-    expert = tl.load(experts_ptr + pid_m).to(tl.int64)
+    c_rows = c_ptr + slots.to(tl.int64) * stride_cm
+    SLICE: tl.constexpr = BLOCK_SIZE_N // SLICES_N
+    first_n = pid_n * BLOCK_SIZE_N
+    offs_n = first_n + tl.arange(0, SLICE)
     if expert == -1:
-        zeros = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=c_ptr.dtype.element_ty)
-        tl.store(c_ptrs, zeros, mask=c_mask)
+        for part in tl.static_range(SLICES_N):
+            zeros = tl.zeros((BLOCK_SIZE_M, SLICE), dtype=tl.float32)
+            _store(zeros, c_rows, is_token, offs_n + part * SLICE, N)
         return
 
     tokens = slots // TOP_K
-    rows_n = offs_n % N
     offs_k = tl.arange(0, BLOCK_SIZE_K)
-    a_rows = a_ptr + tokens.to(tl.int64) * stride_am
-    b_rows = b_ptr + expert * stride_be + rows_n.to(tl.int64) * stride_bn
-    if SWAP_AB:
-        a_ptrs = a_rows[None, :] + offs_k[:, None]
-        b_ptrs = b_rows[:, None] + offs_k[None, :]
-        acc = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_M), dtype=tl.float32)
-    else:
-        a_ptrs = a_rows[:, None] + offs_k[None, :]
-        b_ptrs = b_rows[None, :] + offs_k[:, None]
-        acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=tl.float32)
-
-    # A tile inside one block of N has one scale; elsewhere each row has its own.
-    ONE_B_SCALE: tl.constexpr = GROUP_N == 0 or GROUP_N % BLOCK_SIZE_N == 0
-    if GROUP_N == 0:
-        scale_n = pid_n * 0
-    elif ONE_B_SCALE:
-        scale_n = pid_n * BLOCK_SIZE_N // GROUP_N
-    else:
-        scale_n = rows_n // GROUP_N
-    b_scale_base = b_scale_ptr + expert * stride_bse
-    b_scale_ptrs = b_scale_base + scale_n * stride_bsn
-    a_scale_ptrs = a_scale_ptr + tokens * stride_asm
-    a_scale = tl.load(a_scale_ptrs, mask=is_token, other=0.0)
-    b_scale = tl.load(b_scale_ptrs)
-    worst = b_scale.to(tl.uint32, bitcast=True)
+    a_ptrs = (a_ptr + tokens.to(tl.int64) * stride_am)[:, None] + offs_k[None, :]
+    b_base = b_ptr + expert * stride_be
+    b_row = (expert * N).to(tl.int32) + first_n
+    # A slice inside one block of N has one scale; elsewhere each row has its own.
+    ONE_SCALE: tl.constexpr = GROUP_N == 0 or GROUP_N % SLICE == 0
+    bs_base = b_scale_ptr + expert * stride_bse
+    block_n = _block_n(first_n, offs_n, N, GROUP_N, ONE_SCALE)
+    last_block_n = block_n
+    bs_ptrs = bs_base + block_n * stride_bsn
+    bs = tl.load(bs_ptrs)
+    worst = _bits(bs)
+    as_ptrs = a_scale_ptr + tokens * stride_asm
+    a_scale = tl.load(as_ptrs, mask=is_token, other=0.0)
+    acc = _zeros(BLOCK_SIZE_M, SLICE, SWAP_AB)
+    if SLICES_N == 2:
+        offs_n1 = offs_n + SLICE
+        last_block_n = _block_n(first_n + SLICE, offs_n1, N, GROUP_N, ONE_SCALE)
+        bs1_ptrs = bs_base + last_block_n * stride_bsn
+        bs1 = tl.load(bs1_ptrs)
+        worst = tl.maximum(worst, _bits(bs1))
+        acc1 = _zeros(BLOCK_SIZE_M, SLICE, SWAP_AB)
 
     for k in range(0, K, BLOCK_SIZE_K):
-        in_k = offs_k < K - k
-        if SWAP_AB:
-            a = tl.load(a_ptrs, mask=in_k[:, None] & is_token[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=in_k[None, :], other=0.0)
+        in_k = (offs_k < K - k)[None, :]
+        a = tl.load(a_ptrs + k, mask=is_token[:, None] & in_k, other=0.0)
+        b = _load_b(b_desc, b_row, b_base, stride_bn, offs_n, N, k, offs_k, in_k)
+        if SLICES_N == 2:
+            b1_row = b_row + SLICE
+            b1 = _load_b(b_desc, b1_row, b_base, stride_bn, offs_n1, N, k, offs_k, in_k)
+        if GROUP_K == 0:
+            acc = _dot(a, b, acc, SWAP_AB)
+            if SLICES_N == 2:
+                acc1 = _dot(a, b1, acc1, SWAP_AB)
         else:
-            a = tl.load(a_ptrs, mask=in_k[None, :] & is_token[:, None], other=0.0)
-            b = tl.load(b_ptrs, mask=in_k[:, None], other=0.0)
-        if GROUP_K > 0:
             block_k = k // GROUP_K
-            a_scale = tl.load(
-                a_scale_ptrs + block_k * stride_ask, mask=is_token, other=0.0
-            )
-            b_scale = tl.load(b_scale_ptrs + block_k * stride_bsk)
-            if device_word_ptr is not None:
-                worst = tl.maximum(worst, b_scale.to(tl.uint32, bitcast=True))
-            product = tl.dot(b, a) if SWAP_AB else tl.dot(a, b)
-            acc += product * _scales(a_scale, b_scale, ONE_B_SCALE, SWAP_AB)
-        else:
-            acc = tl.dot(b, a, acc) if SWAP_AB else tl.dot(a, b, acc)
-        a_ptrs += BLOCK_SIZE_K
-        b_ptrs += BLOCK_SIZE_K
+            as_k_ptrs = as_ptrs + block_k * stride_ask
+            a_scale = tl.load(as_k_ptrs, mask=is_token, other=0.0)
+            bs = tl.load(bs_ptrs + block_k * stride_bsk)
+            worst = tl.maximum(worst, _bits(bs))
+            product = _dot(a, b, None, SWAP_AB)
+            if SLICES_N == 2:
+                bs1 = tl.load(bs1_ptrs + block_k * stride_bsk)
+                worst = tl.maximum(worst, _bits(bs1))
+                product1 = _dot(a, b1, None, SWAP_AB)
+            acc += product * _scales(a_scale, bs, ONE_SCALE, SWAP_AB)
+            if SLICES_N == 2:
+                acc1 += product1 * _scales(a_scale, bs1, ONE_SCALE, SWAP_AB)
 
-    if GROUP_K == 0:
-        acc *= _scales(a_scale, b_scale, ONE_B_SCALE, SWAP_AB)
-    if SWAP_AB:
-        acc = tl.trans(acc)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert * stride_bias_e + rows_n)
-        acc += bias.to(tl.float32)[None, :]
     if topk_weights_ptr is not None:
         weights = tl.load(topk_weights_ptr + slots, mask=is_token, other=0.0)
-        acc *= weights.to(tl.float32)[:, None]
-    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=c_mask)
+    else:
+        weights = None
+    if bias_ptr is not None:
+        bias_ptr += expert * stride_bias_e
+    if GROUP_K == 0:
+        acc *= _scales(a_scale, bs, ONE_SCALE, SWAP_AB)
+    _finish(acc, bias_ptr, weights, c_rows, is_token, offs_n, N, SWAP_AB)
+    if SLICES_N == 2:
+        if GROUP_K == 0:
+            acc1 *= _scales(a_scale, bs1, ONE_SCALE, SWAP_AB)
+        _finish(acc1, bias_ptr, weights, c_rows, is_token, offs_n1, N, SWAP_AB)
     if device_word_ptr is not None:
-        most = worst if ONE_B_SCALE else tl.max(worst)
-        if _is_bad(most):
-            first = tl.min(scale_n) if not ONE_B_SCALE else scale_n
-            last = tl.max(scale_n) if not ONE_B_SCALE else scale_n
+        if _is_bad(worst if ONE_SCALE else tl.max(worst)):
             _record_bad_scale(
-                b_scale_base,
+                bs_base,
                 stride_bsn,
                 stride_bsk,
-                first,
-                last,
+                block_n if ONE_SCALE else tl.min(block_n),
+                last_block_n if ONE_SCALE else tl.max(last_block_n),
                 tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1,
                 expert,
                 slot,
@@ -365,12 +391,76 @@ def fp8_grouped_gemm_kernel(
 
 
 @triton.jit
-def _scales(a_scale, b_scale, ONE_B_SCALE: tl.constexpr, SWAP_AB: tl.constexpr):
-    """Products of scales that broadcast over a tile, in few operations."""
-    if ONE_B_SCALE:
+def _block_n(first_n, offs_n, N, GROUP_N: tl.constexpr, ONE_SCALE: tl.constexpr):
+    """Blocks of N whose scales a slice needs; rows past the end count as the last."""
+    if GROUP_N == 0:
+        return 0
+    elif ONE_SCALE:
+        return min(first_n, N - 1) // GROUP_N
+    else:
+        return tl.minimum(offs_n, N - 1) // GROUP_N
+
+
+@triton.jit
+def _bits(scale):
+    return scale.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _zeros(BLOCK_M: tl.constexpr, SLICE: tl.constexpr, SWAP_AB: tl.constexpr):
+    if SWAP_AB:
+        return tl.zeros((SLICE, BLOCK_M), dtype=tl.float32)
+    else:
+        return tl.zeros((BLOCK_M, SLICE), dtype=tl.float32)
+
+
+@triton.jit
+def _load_b(b_desc, row, b_base, stride_bn, offs_n, N, k, offs_k, in_k):
+    """Rows of an expert's weights, [SLICE, BLOCK_SIZE_K]; those past N are not used."""
+    if b_desc is not None:
+        return b_desc.load([row, k])
+    else:
+        rows = tl.minimum(offs_n, N - 1).to(tl.int64) * stride_bn
+        return tl.load(b_base + rows[:, None] + (k + offs_k)[None, :], in_k, other=0.0)
+
+
+@triton.jit
+def _dot(a, b, acc, SWAP_AB: tl.constexpr):
+    if SWAP_AB:
+        return tl.dot(b, a.T, acc)
+    else:
+        return tl.dot(a, b.T, acc)
+
+
+@triton.jit
+def _scales(a_scale, b_scale, ONE_SCALE: tl.constexpr, SWAP_AB: tl.constexpr):
+    """Products of scales that broadcast over a slice, in few operations."""
+    if ONE_SCALE:
         scale = a_scale * b_scale
         return scale[None, :] if SWAP_AB else scale[:, None]
     elif SWAP_AB:
         return a_scale[None, :] * b_scale[:, None]
     else:
         return a_scale[:, None] * b_scale[None, :]
+
+
+@triton.jit
+def _finish(
+    acc, bias_ptr, weights, c_rows, is_token, offs_n, N, SWAP_AB: tl.constexpr
+):
+    """Apply bias and routing weights to a slice, and store it."""
+    if SWAP_AB:
+        acc = tl.trans(acc)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + tl.minimum(offs_n, N - 1))
+        acc += bias.to(tl.float32)[None, :]
+    if weights is not None:
+        acc *= weights.to(tl.float32)[:, None]
+    _store(acc, c_rows, is_token, offs_n, N)
+
+
+@triton.jit
+def _store(values, c_rows, is_token, offs_n, N):
+    c_mask = is_token[:, None] & (offs_n < N)[None, :]
+    c_ptrs = c_rows[:, None] + offs_n[None, :]
+    tl.store(c_ptrs, values.to(c_rows.dtype.element_ty), mask=c_mask)
