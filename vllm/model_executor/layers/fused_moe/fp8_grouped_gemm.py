@@ -109,6 +109,7 @@ def fp8_grouped_gemm(
         k,
         blocks_m,
         num_slots,
+        tile.group_m,
         a.stride(0),
         b.stride(0),
         b.stride(1),
@@ -127,7 +128,6 @@ def fp8_grouped_gemm(
         BLOCK_SIZE_M=tile.block_m,
         BLOCK_SIZE_N=tile.block_n,
         BLOCK_SIZE_K=block_k,
-        GROUP_SIZE_M=tile.group_m,
         SLICES_N=tile.slices_n,
         **tile.options,
     )
@@ -195,6 +195,7 @@ def _is_bad(bits):
 
 @triton.jit
 def _record_bad_scale(
+    worst,
     scale_ptr,
     stride_n,
     stride_k,
@@ -206,27 +207,30 @@ def _record_bad_scale(
     device_word_ptr,
     host_word_ptr,
 ):
-    """Find a bad scale in rows `first_n` to `last_n` of an expert, and record it.
+    """Record a bad scale in rows `first_n` to `last_n` of an expert, if any is there.
 
-    Off the road of good scales, so it may be slow. -0.0 is zero, and not bad.
+    The search is off the road of good scales, so it may be slow. -0.0 is zero, and not
+    bad.
     """
-    zero = tl.zeros((), dtype=tl.int64)
-    word = zero
-    for block_n in range(first_n, last_n + 1):
-        for block_k in range(0, blocks_k):
-            scale = tl.load(scale_ptr + block_n * stride_n + block_k * stride_k)
-            bits = scale.to(tl.float32).to(tl.uint32, bitcast=True)
-            if _is_bad(bits) & (bits != 0x80000000) & (word == 0):
-                where_n = (zero + block_n) << 16
-                where = (zero + slot) << 46 | (zero + expert) << 34 | where_n
-                word = where | (zero + block_k)
-    if word != 0:
-        claimed = tl.atomic_cas(device_word_ptr, zero, word)
-        if claimed == 0:
-            tl.store(host_word_ptr, word)
+    if _is_bad(worst):
+        zero = tl.zeros((), dtype=tl.int64)
+        word = zero
+        for block_n in range(first_n, last_n + 1):
+            for block_k in range(0, blocks_k):
+                bits = _bits(
+                    tl.load(scale_ptr + block_n * stride_n + block_k * stride_k)
+                )
+                if _is_bad(bits) & (bits != 0x80000000) & (word == 0):
+                    where_n = (zero + block_n) << 16
+                    where = (zero + slot) << 46 | (zero + expert) << 34 | where_n
+                    word = where | (zero + block_k)
+        if word != 0:
+            claimed = tl.atomic_cas(device_word_ptr, zero, word)
+            if claimed == 0:
+                tl.store(host_word_ptr, word)
 
 
-@triton.jit(do_not_specialize=["slot", "num_blocks_m", "num_slots"])
+@triton.jit(do_not_specialize=["slot", "num_blocks_m", "num_slots", "group_size_m"])
 def fp8_grouped_gemm_kernel(
     a_ptr,
     b_ptr,
@@ -246,6 +250,7 @@ def fp8_grouped_gemm_kernel(
     K,
     num_blocks_m,
     num_slots,
+    group_size_m,
     stride_am,
     stride_be,
     stride_bn,
@@ -264,7 +269,6 @@ def fp8_grouped_gemm_kernel(
     BLOCK_SIZE_M: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
-    GROUP_SIZE_M: tl.constexpr,
     SLICES_N: tl.constexpr,
 ):
     """Compute one tile of C; the launcher above says what the tensors are.
@@ -285,9 +289,9 @@ def fp8_grouped_gemm_kernel(
     pid = tl.program_id(0)
     num_blocks_n = tl.cdiv(N, BLOCK_SIZE_N)
     # Blocks of one expert follow each other, and share its weights in the L2 cache.
-    first_m = pid // (GROUP_SIZE_M * num_blocks_n) * GROUP_SIZE_M
-    group_m = min(num_blocks_m - first_m, GROUP_SIZE_M)
-    in_group = pid % (GROUP_SIZE_M * num_blocks_n)
+    first_m = pid // (group_size_m * num_blocks_n) * group_size_m
+    group_m = min(num_blocks_m - first_m, group_size_m)
+    in_group = pid % (group_size_m * num_blocks_n)
     pid_m = first_m + in_group % group_m
     pid_n = in_group // group_m
     if pid_m * BLOCK_SIZE_M >= tl.load(padded_ptr):
@@ -375,19 +379,19 @@ def fp8_grouped_gemm_kernel(
             acc1 *= _scales(a_scale, bs1, ONE_SCALE, SWAP_AB)
         _finish(acc1, bias_ptr, weights, c_rows, is_token, offs_n1, N, SWAP_AB)
     if device_word_ptr is not None:
-        if _is_bad(worst if ONE_SCALE else tl.max(worst)):
-            _record_bad_scale(
-                bs_base,
-                stride_bsn,
-                stride_bsk,
-                block_n if ONE_SCALE else tl.min(block_n),
-                last_block_n if ONE_SCALE else tl.max(last_block_n),
-                tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1,
-                expert,
-                slot,
-                device_word_ptr,
-                host_word_ptr,
-            )
+        _record_bad_scale(
+            worst if ONE_SCALE else tl.max(worst),
+            bs_base,
+            stride_bsn,
+            stride_bsk,
+            block_n if ONE_SCALE else tl.min(block_n),
+            last_block_n if ONE_SCALE else tl.max(last_block_n),
+            tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1,
+            expert,
+            slot,
+            device_word_ptr,
+            host_word_ptr,
+        )
 
 
 @triton.jit
@@ -445,9 +449,7 @@ def _scales(a_scale, b_scale, ONE_SCALE: tl.constexpr, SWAP_AB: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    acc, bias_ptr, weights, c_rows, is_token, offs_n, N, SWAP_AB: tl.constexpr
-):
+def _finish(acc, bias_ptr, weights, c_rows, is_token, offs_n, N, SWAP_AB: tl.constexpr):
     """Apply bias and routing weights to a slice, and store it."""
     if SWAP_AB:
         acc = tl.trans(acc)
