@@ -8,11 +8,11 @@ E - experts
 N, K - output and input features
 """
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
+from tests.kernels.moe import problems
+from tests.kernels.moe.problems import Problem, route
 from vllm.model_executor.layers.fused_moe.fp8_grouped_gemm import (
     Routing,
     fp8_grouped_gemm,
@@ -22,79 +22,12 @@ from vllm.model_executor.layers.fused_moe.tile import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.forked] if DEVICE.type == "cuda" else []
-FP8 = torch.float8_e4m3fn
 E, T = 4, 2
 TOKENS = (1, 7, 33) if DEVICE.type == "cpu" else (1, 7, 33, 257, 2048, 8192)
 
 
-@dataclass
-class Problem:
-    """Inputs of a product, and how its scales are laid out."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    a_scale: torch.Tensor
-    b_scale: torch.Tensor
-    experts: torch.Tensor  # [M, T], global expert of each slot
-    weights: torch.Tensor  # [M, T]
-    block_shape: tuple[int, int] | None
-
-    def expected(self) -> torch.Tensor:
-        """[M * T, N] in float64, without routing weights."""
-        a, b = self.a.double(), self.b.double()
-        if self.block_shape is None:
-            a = a * self.a_scale.double().reshape(-1, 1)
-            b = b * self.b_scale.double().reshape(E, -1, 1)
-        else:
-            n, k = self.block_shape
-            a = a * _spread(self.a_scale, 1, k, a.shape[1])
-            b = b * _spread(_spread(self.b_scale, 1, n, b.shape[1]), 2, k, b.shape[2])
-        rows = a.repeat_interleave(T, 0)
-        return torch.einsum("sk,snk->sn", rows, b[self.experts.flatten()])
-
-
-def _spread(scale: torch.Tensor, dim: int, block: int, size: int) -> torch.Tensor:
-    return scale.double().repeat_interleave(block, dim).narrow(dim, 0, size)
-
-
 def problem(m: int, n: int, k: int, scaling, seed: int = 0) -> Problem:
-    """Random inputs; `scaling` is a block shape, "channel" or "tensor"."""
-    random = torch.Generator(DEVICE).manual_seed(seed)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=random, device=DEVICE)
-
-    shapes = {"channel": ((m, 1), (E, n, 1)), "tensor": ((1,), (E,))}
-    block_shape = None if scaling in shapes else scaling
-    if block_shape is not None:
-        n_blocks, k_blocks = -(-n // scaling[0]), -(-k // scaling[1])
-        shapes[scaling] = (m, k_blocks), (E, n_blocks, k_blocks)
-    a_shape, b_shape = shapes[scaling]
-    return Problem(
-        a=((draw(m, k) - 0.5) * 8).to(FP8),
-        b=((draw(E, n, k) - 0.5) * 8).to(FP8),
-        a_scale=draw(*a_shape) + 0.1,
-        b_scale=draw(*b_shape) + 0.1,
-        experts=draw(m, E).topk(T, 1).indices,
-        weights=draw(m, T),
-        block_shape=block_shape,
-    )
-
-
-def route(experts: torch.Tensor, block_m: int, mapping: torch.Tensor) -> Routing:
-    """Sort slots by expert and pad each expert's to whole blocks."""
-    blocks, owners = [], []
-    total = experts.numel()
-    for expert in range(E):
-        slots = (experts.flatten() == expert).nonzero().flatten()
-        padding = slots.new_full((-slots.numel() % block_m,), total)
-        blocks.append(torch.cat([slots, padding]))
-        owners += [int(mapping[expert])] * (blocks[-1].numel() // block_m)
-    slots = torch.cat(blocks).int()
-    in_use = torch.tensor([slots.numel()], dtype=torch.int32, device=DEVICE)
-    unused = slots.new_full((2 * block_m,), total)  # what a worst case leaves over
-    owner = torch.tensor([*owners, -1, -1], dtype=torch.int32, device=DEVICE)
-    return Routing(torch.cat([slots, unused]), owner, in_use, T, block_m)
+    return problems.problem(m, n, k, scaling, seed, device=DEVICE)
 
 
 def tile(block_m: int, block_n: int = 64, **more) -> Tile:
@@ -113,8 +46,7 @@ def run(
 ) -> torch.Tensor:
     m, n = p.a.shape[0], p.b.shape[1]
     c = torch.full((m, T, n), float("nan"), dtype=dtype, device=DEVICE)
-    mapping = torch.arange(E) if mapping is None else mapping
-    routing = route(p.experts, routed_block_m or cut.block_m, mapping)
+    routing = route(p, routed_block_m or cut.block_m, mapping)
     scales = p.a_scale, p.b_scale
     fp8_grouped_gemm(
         p.a, p.b, c, *scales, routing, cut, p.block_shape, watch=watch, **more
@@ -249,7 +181,7 @@ def test_a_watch_can_be_reset():
 def test_a_replayed_graph_reports_what_was_planted_later():
     p = problem(33, 256, 256, (128, 128))
     watch = ScaleWatch(DEVICE)
-    routing = route(p.experts, 16, torch.arange(E))
+    routing = route(p, 16)
     c = torch.empty(33, T, 256, dtype=torch.bfloat16, device=DEVICE)
 
     def launch():

@@ -110,6 +110,7 @@ def fp8_grouped_gemm(
         blocks_m,
         num_slots,
         tile.group_m,
+        routing.block_m,
         a.stride(0),
         b.stride(0),
         b.stride(1),
@@ -124,7 +125,6 @@ def fp8_grouped_gemm(
         GROUP_K=group_k,
         TOP_K=routing.top_k,
         SWAP_AB=tile.block_m < 64 <= tile.block_n,
-        ROUTED_BLOCK_M=routing.block_m,
         BLOCK_SIZE_M=tile.block_m,
         BLOCK_SIZE_N=tile.block_n,
         BLOCK_SIZE_K=block_k,
@@ -230,7 +230,21 @@ def _record_bad_scale(
                 tl.store(host_word_ptr, word)
 
 
-@triton.jit(do_not_specialize=["slot", "num_blocks_m", "num_slots", "group_size_m"])
+# Sizes that no vector of addresses depends on: one binary serves them all.
+_UNSPECIALIZED = (
+    "slot",
+    "num_blocks_m",
+    "num_slots",
+    "group_size_m",
+    "routed_block_m",
+    "stride_asm",
+    "stride_bse",
+    "stride_bsn",
+    "stride_bias_e",
+)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def fp8_grouped_gemm_kernel(
     a_ptr,
     b_ptr,
@@ -251,6 +265,7 @@ def fp8_grouped_gemm_kernel(
     num_blocks_m,
     num_slots,
     group_size_m,
+    routed_block_m,
     stride_am,
     stride_be,
     stride_bn,
@@ -265,7 +280,6 @@ def fp8_grouped_gemm_kernel(
     GROUP_K: tl.constexpr,
     TOP_K: tl.constexpr,
     SWAP_AB: tl.constexpr,
-    ROUTED_BLOCK_M: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
@@ -302,7 +316,7 @@ def fp8_grouped_gemm_kernel(
         expert = tl.load(experts_ptr + pid_m).to(tl.int64)
     else:
         slots = tl.load(slots_ptr + pid_m * BLOCK_SIZE_M + offs_m)
-        expert = tl.load(experts_ptr + pid_m * BLOCK_SIZE_M // ROUTED_BLOCK_M)
+        expert = tl.load(experts_ptr + pid_m * BLOCK_SIZE_M // routed_block_m)
         expert = expert.to(tl.int64)
     is_token = slots < num_slots
     c_rows = c_ptr + slots.to(tl.int64) * stride_cm

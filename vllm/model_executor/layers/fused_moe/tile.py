@@ -62,6 +62,18 @@ class Tile:
             options={name: config[name] for name in _OPTIONS if name in config},
         )
 
+    def entries(self) -> dict[str, Any]:
+        """Return the entries of a configuration that stand for this tile."""
+        return {
+            "BLOCK_SIZE_M": self.block_m,
+            "BLOCK_SIZE_N": self.block_n,
+            "BLOCK_SIZE_K": self.block_k,
+            "GROUP_SIZE_M": self.group_m,
+            "SLICES_N": self.slices_n,
+            "TMA_B": self.tma_b,
+            **self.options,
+        }
+
 
 def base_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of a configuration that the base's kernel takes."""
