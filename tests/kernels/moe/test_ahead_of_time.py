@@ -90,6 +90,7 @@ _GEMM = Kernel(
     ),
     constexprs=dict(
         b_desc=None,
+        c_scale_ptr=None,
         bias_ptr=None,
         GROUP_N=128,
         GROUP_K=128,

@@ -9,26 +9,34 @@ with it, while the engine core lives on. A complete sync takes it down. Requests
 engine that is paused or asleep wait, and meet the fence when it resumes. Whenever
 weights were committed, what was computed from the old ones is forgotten.
 
+A kernel may also find that the weights are bad, while they serve. The requests that the
+step has run then end with the reason too, in place of its output.
+
     engine core                              workers
     collective_rpc(method) ----------------> run_and_report(method)
     fence.observe(states)  <---------------- result, state of the weights
     add_request(request): fence.admits(request)?
+    outputs = step() ----------------------> kernels
+    fence.check_step(outputs) <------------- bad scale
 """
 
 import queue
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from functools import cached_property, partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import ReloadStatus
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.engine.weight_refusal import refuse
+from vllm.v1.engine.weight_refusal import refuse, refuse_finished
 from vllm.v1.engine.weight_state import EngineWeightState
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.weight_report import results_of, run_and_report, weight_states
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.scale_guard import ScaleGuard
 
 __all__ = [
     "WeightFence",
@@ -36,6 +44,7 @@ __all__ = [
     "fence_in_process",
     "fenced_resume",
     "fenced_rpc",
+    "fenced_step",
 ]
 
 logger = init_logger(__name__)
@@ -44,6 +53,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 CoreMethod = Callable[Concatenate[Any, P], R]
 Outbox = queue.Queue[tuple[int, EngineCoreOutputs]]
+# Of a step: by client, or None if it only queued a batch; and whether the model ran.
+StepOutputs = dict[int, EngineCoreOutputs] | None
+CoreStep = Callable[[Any], tuple[StepOutputs, bool]]
 
 REFUSAL = (
     "The weights of this engine are inconsistent: it refuses requests until a complete "
@@ -91,6 +103,24 @@ class WeightFence:
         self._end([request], self._refusal)
         return False
 
+    def check_step(self, outputs: StepOutputs) -> None:
+        """Fail what a step served, if a kernel met a bad scale in it.
+
+        Requests that wait for the end of a pause fail too: the step has run them.
+
+        Args:
+            outputs: the step's outputs, changed in place.
+
+        """
+        if self._scale_guard is None or self._scale_guard.look() is None:
+            return
+        states = self._core.model_executor.collective_rpc(weight_states)
+        self._weights = self._weights.after(states)
+        refusal = REFUSAL.format(reason=self._weights.reason)
+        self._put_up(refusal)
+        for theirs in (outputs or {}).values():
+            refuse_finished(theirs, refusal)
+
     def undelivered(self) -> EngineCoreOutputs | None:
         """Take the next outputs from the outbox, for a core without a thread for it."""
         try:
@@ -111,6 +141,13 @@ class WeightFence:
             self._dropped = False
             self.observe(self._core.model_executor.collective_rpc(weight_states))
         self._move()
+
+    @cached_property
+    def _scale_guard(self) -> "ScaleGuard | None":
+        # Clients import this module, and run no kernels.
+        from vllm.v1.worker.scale_guard import guard_of
+
+        return guard_of(self._core.model_executor)
 
     def _move(self) -> None:
         """Put the fence up or down.
@@ -156,16 +193,19 @@ class WeightFence:
             self._outbox.put_nowait((client, refuse(theirs, refusal)))
 
     def _forget_computed(self) -> None:
-        """Forget cached prefixes and encoder outputs.
+        """Forget cached prefixes, encoder outputs and scales found bad.
 
         Requests in flight are preempted: their blocks are cached prefixes too, and the
         encoder outputs that they count on are gone. They start again with the new
         weights.
         """
+        from vllm.v1.worker.scale_guard import forget_bad_scales
+
         forgotten = self._core.reset_prefix_cache(
             reset_running_requests=True, reset_connector=True
         )
         self._core.reset_encoder_cache()
+        self._core.model_executor.collective_rpc(forget_bad_scales)
         if not forgotten:
             raise RuntimeError(
                 "New weights are in service, but the prefix cache or that of the KV "
@@ -207,5 +247,17 @@ def fenced_resume(resume: CoreMethod[P, R]) -> CoreMethod[P, R]:
         result = resume(core, *args, **kwargs)
         core.weight_fence.resume()
         return result
+
+    return watched
+
+
+def fenced_step(step: CoreStep) -> CoreStep:
+    """Wrap a step of an engine core: what bad weights answered goes to nobody."""
+
+    @wraps(step)
+    def watched(core: Any) -> tuple[StepOutputs, bool]:
+        outputs, model_executed = step(core)
+        core.weight_fence.check_step(outputs)
+        return outputs, model_executed
 
     return watched

@@ -62,13 +62,17 @@ def fp8_grouped_gemm(
     bias: torch.Tensor | None = None,
     topk_weights: torch.Tensor | None = None,
     watch: ScaleWatch | None = None,
+    c_scale: torch.Tensor | None = None,
 ) -> None:
     """Multiply each token by the weights of its experts.
+
+    With `c_scale` the product is that of a gate and an up projection, one after the
+    other in N, and c becomes silu(gate) * up in FP8, with a scale for k features.
 
     Args:
         a: [M, K] FP8; [M * T, K] if `routing.top_k` is 1.
         b: [E, N, K] FP8.
-        c: [M, T, N] bfloat16 or float16, written.
+        c: [M, T, N] bfloat16 or float16, written; [M, T, N / 2] FP8 with `c_scale`.
         a_scale: float32; [rows of a, ceil(K / k)] with blocks, else [rows of a, 1] for
             a scale a token or one value for all.
         b_scale: float32; [E, ceil(N / n), ceil(K / k)] with blocks, else [E, N] or
@@ -79,22 +83,27 @@ def fp8_grouped_gemm(
         bias: [E, N], added before routing weights are applied.
         topk_weights: [M, T] float32; outputs are multiplied by them.
         watch: where a bad weight scale is recorded; None to look at none.
+        c_scale: [M, T, N / 2 / k] float32, written. The tile has two slices of k.
 
     Raises:
         ValueError: a tensor has another shape, dtype, stride or device.
 
     """
-    _check(a, b, c, a_scale, b_scale, routing, block_shape, bias)
+    _check(a, b, c, a_scale, b_scale, routing, block_shape, bias, c_scale)
+    if c_scale is not None:
+        _check_gated(b, tile, block_shape)
     n, k = b.shape[1:]
     group_n, group_k = block_shape or (1 if b_scale.dim() > 1 else 0, 0)
     block_k = min(tile.block_k, group_k & -group_k) if group_k else tile.block_k
     num_slots = c.shape[0] * c.shape[1]
     blocks_m = _blocks_in_m(num_slots, routing, tile)
-    fp8_grouped_gemm_kernel[blocks_m * triton.cdiv(n, tile.block_n),](
+    blocks_n = triton.cdiv(n, tile.block_n)
+    fp8_grouped_gemm_kernel[blocks_m * blocks_n,](
         a,
         b,
         _descriptor(b, tile, block_k),
         c,
+        c_scale,
         bias,
         a_scale,
         b_scale,
@@ -154,7 +163,18 @@ def _descriptor(b: torch.Tensor, tile: Tile, block_k: int) -> TensorDescriptor |
     return TensorDescriptor(b, [num_experts * n, k], [k, 1], box)
 
 
-def _check(a, b, c, a_scale, b_scale, routing, block_shape, bias) -> None:
+def _check_gated(b, tile, block_shape) -> None:
+    n, group = b.shape[1], block_shape and block_shape[1]
+    if tile.slices_n != 2 or tile.block_n != 2 * (group or 0):
+        raise ValueError(
+            f"tile: expected two slices of a block of {group} input features, as "
+            f"c_scale is given, got {tile.slices_n} in {tile.block_n}"
+        )
+    if n % tile.block_n:
+        raise ValueError(f"b: expected a multiple of {tile.block_n} in N, got {n}")
+
+
+def _check(a, b, c, a_scale, b_scale, routing, block_shape, bias, c_scale) -> None:
     num_experts, n, k = b.shape
     rows = c.shape[0] * (c.shape[1] if routing.top_k == 1 else 1)
     a_shapes: list[tuple[int, ...]] = [(), (1,), (1, 1), (rows, 1)]
@@ -165,7 +185,12 @@ def _check(a, b, c, a_scale, b_scale, routing, block_shape, bias) -> None:
         a_shapes, b_shapes = [(rows, k_blocks)], [(num_experts, n_blocks, k_blocks)]
     _expect("a", a, [(rows, k)], _FP8, b)
     _expect("b", b, [tuple(b.shape)], _FP8, b)
-    _expect("c", c, [(*c.shape[:2], n)], (torch.bfloat16, torch.float16), b)
+    if c_scale is None:
+        _expect("c", c, [(*c.shape[:2], n)], (torch.bfloat16, torch.float16), b)
+    else:
+        blocks = n // 2 // block_shape[1] if block_shape else 0
+        _expect("c", c, [(*c.shape[:2], n // 2)], (torch.float8_e4m3fn,), b)
+        _expect("c_scale", c_scale, [(*c.shape[:2], blocks)], (torch.float32,), b)
     _expect("b_scale", b_scale, b_shapes, (torch.float32,), b)
     _expect("a_scale", a_scale, a_shapes, (torch.float32,), b)
     if bias is not None:
@@ -250,6 +275,7 @@ def fp8_grouped_gemm_kernel(
     b_ptr,
     b_desc,
     c_ptr,
+    c_scale_ptr,
     bias_ptr,
     a_scale_ptr,
     b_scale_ptr,
@@ -301,6 +327,8 @@ def fp8_grouped_gemm_kernel(
 
     """
     pid = tl.program_id(0)
+    SLICE: tl.constexpr = BLOCK_SIZE_N // SLICES_N
+    IS_GATED: tl.constexpr = c_scale_ptr is not None
     num_blocks_n = tl.cdiv(N, BLOCK_SIZE_N)
     # Blocks of one expert follow each other, and share its weights in the L2 cache.
     first_m = pid // (group_size_m * num_blocks_n) * group_size_m
@@ -320,10 +348,11 @@ def fp8_grouped_gemm_kernel(
         expert = expert.to(tl.int64)
     is_token = slots < num_slots
     c_rows = c_ptr + slots.to(tl.int64) * stride_cm
-    SLICE: tl.constexpr = BLOCK_SIZE_N // SLICES_N
-    first_n = pid_n * BLOCK_SIZE_N
+    first_n = pid_n * (SLICE if IS_GATED else BLOCK_SIZE_N)
     offs_n = first_n + tl.arange(0, SLICE)
     if expert == -1:
+        if IS_GATED:
+            return  # nobody reads these
         for part in tl.static_range(SLICES_N):
             zeros = tl.zeros((BLOCK_SIZE_M, SLICE), dtype=tl.float32)
             _store(zeros, c_rows, is_token, offs_n + part * SLICE, N)
@@ -346,8 +375,9 @@ def fp8_grouped_gemm_kernel(
     a_scale = tl.load(as_ptrs, mask=is_token, other=0.0)
     acc = _zeros(BLOCK_SIZE_M, SLICE, SWAP_AB)
     if SLICES_N == 2:
-        offs_n1 = offs_n + SLICE
-        last_block_n = _block_n(first_n + SLICE, offs_n1, N, GROUP_N, ONE_SCALE)
+        to_slice1 = N // 2 if IS_GATED else SLICE
+        offs_n1 = offs_n + to_slice1
+        last_block_n = _block_n(first_n + to_slice1, offs_n1, N, GROUP_N, ONE_SCALE)
         bs1_ptrs = bs_base + last_block_n * stride_bsn
         bs1 = tl.load(bs1_ptrs)
         worst = tl.maximum(worst, _bits(bs1))
@@ -358,7 +388,7 @@ def fp8_grouped_gemm_kernel(
         a = tl.load(a_ptrs + k, mask=is_token[:, None] & in_k, other=0.0)
         b = _load_b(b_desc, b_row, b_base, stride_bn, offs_n, N, k, offs_k, in_k)
         if SLICES_N == 2:
-            b1_row = b_row + SLICE
+            b1_row = b_row + to_slice1
             b1 = _load_b(b_desc, b1_row, b_base, stride_bn, offs_n1, N, k, offs_k, in_k)
         if GROUP_K == 0:
             acc = _dot(a, b, acc, SWAP_AB)
@@ -379,19 +409,29 @@ def fp8_grouped_gemm_kernel(
             if SLICES_N == 2:
                 acc1 += product1 * _scales(a_scale, bs1, ONE_SCALE, SWAP_AB)
 
+    if GROUP_K == 0:
+        acc *= _scales(a_scale, bs, ONE_SCALE, SWAP_AB)
+        if SLICES_N == 2:
+            acc1 *= _scales(a_scale, bs1, ONE_SCALE, SWAP_AB)
+    if bias_ptr is not None:
+        bias_ptr += expert * stride_bias_e
     if topk_weights_ptr is not None:
         weights = tl.load(topk_weights_ptr + slots, mask=is_token, other=0.0)
     else:
         weights = None
-    if bias_ptr is not None:
-        bias_ptr += expert * stride_bias_e
-    if GROUP_K == 0:
-        acc *= _scales(a_scale, bs, ONE_SCALE, SWAP_AB)
-    _finish(acc, bias_ptr, weights, c_rows, is_token, offs_n, N, SWAP_AB)
-    if SLICES_N == 2:
-        if GROUP_K == 0:
-            acc1 *= _scales(a_scale, bs1, ONE_SCALE, SWAP_AB)
-        _finish(acc1, bias_ptr, weights, c_rows, is_token, offs_n1, N, SWAP_AB)
+    if IS_GATED:
+        gate = _finish(acc, bias_ptr, weights, offs_n, N, SWAP_AB)
+        up = _finish(acc1, bias_ptr, weights, offs_n1, N, SWAP_AB)
+        values, scale = _quantized(gate * tl.sigmoid(gate) * up)
+        _store(values, c_rows, is_token, offs_n, N)
+        c_scales = c_scale_ptr + slots.to(tl.int64) * (N // 2 // GROUP_K) + pid_n
+        tl.store(c_scales, scale, mask=is_token)
+    else:
+        out = _finish(acc, bias_ptr, weights, offs_n, N, SWAP_AB)
+        _store(out, c_rows, is_token, offs_n, N)
+        if SLICES_N == 2:
+            out1 = _finish(acc1, bias_ptr, weights, offs_n1, N, SWAP_AB)
+            _store(out1, c_rows, is_token, offs_n1, N)
     if device_word_ptr is not None:
         _record_bad_scale(
             worst if ONE_SCALE else tl.max(worst),
@@ -463,8 +503,8 @@ def _scales(a_scale, b_scale, ONE_SCALE: tl.constexpr, SWAP_AB: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, bias_ptr, weights, c_rows, is_token, offs_n, N, SWAP_AB: tl.constexpr):
-    """Apply bias and routing weights to a slice, and store it."""
+def _finish(acc, bias_ptr, weights, offs_n, N, SWAP_AB: tl.constexpr):
+    """Apply bias and routing weights to a slice, tokens first."""
     if SWAP_AB:
         acc = tl.trans(acc)
     if bias_ptr is not None:
@@ -472,7 +512,14 @@ def _finish(acc, bias_ptr, weights, c_rows, is_token, offs_n, N, SWAP_AB: tl.con
         acc += bias.to(tl.float32)[None, :]
     if weights is not None:
         acc *= weights.to(tl.float32)[:, None]
-    _store(acc, c_rows, is_token, offs_n, N)
+    return acc
+
+
+@triton.jit
+def _quantized(values):
+    """Rows in FP8 (e4m3, at most 448) and their scales; rows of zeros have one too."""
+    scale = tl.maximum(tl.max(tl.abs(values), 1), 1e-10) / 448.0
+    return tl.clamp(values / scale[:, None], -448.0, 448.0), scale
 
 
 @triton.jit

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A real engine meets a bad scale in weights that serve.
+
+On a CPU no kernel records it, so the tests write what one would.
+"""
+
+import math
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import CASES, write_checkpoint
+
+CASE = CASES["qwen3_moe-fp8_block"]
+PROMPT = {"prompt_token_ids": [3, 1, 4, 1, 5] * 4}
+NAMED = (
+    "layers.1.mlp.experts",
+    "w13_weight_scale_inv expert 2 up: scale is nan, must be finite and positive",
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a request: tokens, and why it ended."""
+
+    tokens: tuple[int, ...] = ()
+    ended: str = ""
+
+
+@torch.inference_mode()
+def plant(worker) -> None:
+    """Let each expert have a NaN, and a kernel have met that of expert 2."""
+    from vllm.model_executor.layers.fused_moe.scale_watch import (
+        BLOCK_N_SHIFT,
+        EXPERT_SHIFT,
+        SLOT_SHIFT,
+        scale_watch,
+    )
+
+    (scale,) = (
+        parameter
+        for name, parameter in worker.get_model().named_parameters()
+        if "layers.1." in name and name.endswith("w13_weight_scale_inv")
+    )
+    block_n = scale.shape[1] - 1
+    scale.data[:, block_n, 1] = math.nan
+    watch = scale_watch(worker.device)
+    slot = watch.slot(scale) << SLOT_SHIFT
+    word = slot | 2 << EXPERT_SHIFT | block_n << BLOCK_N_SHIFT | 1
+    watch.device_word.fill_(word)
+    watch.host_word.fill_(word)
+
+
+def load(worker) -> None:
+    worker.reload_weights(weights_iterator=CASE.tensors(1))
+
+
+def serve(folder: Path, check: str, async_scheduling: bool) -> dict[str, Seen]:
+    """Plant a bad scale while two requests run; the next step is the last of one."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    os.environ["VLLM_MOE_SCALE_CHECK"] = check
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(folder),
+        enforce_eager=True,
+        max_model_len=128,
+        async_scheduling=async_scheduling,
+    )
+
+    def ask(name: str, max_tokens: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        llm.llm_engine.add_request(name, PROMPT, params)
+
+    def finish() -> dict[str, Seen]:
+        seen = {}
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                (answer,) = output.outputs
+                ended = str(answer.stop_reason or answer.finish_reason)
+                seen[output.request_id] = Seen(tuple(answer.token_ids), ended)
+        return seen
+
+    ask("before", 6)
+    seen = finish()
+    ask("last", 2)
+    ask("long", 6)
+    while not llm.llm_engine.step():
+        pass
+    llm.collective_rpc(plant)
+    seen |= finish()
+    ask("next", 6)
+    seen |= finish()
+    llm.collective_rpc(load)
+    ask("after", 6)
+    return seen | finish()
+
+
+def in_a_process(*args) -> dict[str, Seen]:
+    # An engine leaves process groups and cached settings behind: it gets a process.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(serve, *args).result()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return write_checkpoint(CASE, seed=1, folder=folder, tokenizer=True)
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_a_bad_scale_ends_requests_until_a_complete_sync(folder, async_scheduling):
+    seen = in_a_process(folder, "raise", async_scheduling)
+    assert seen["before"].ended == "length"
+    for name in ("last", "long", "next"):
+        assert all(words in seen[name].ended for words in NAMED), seen[name]
+    assert len(seen["last"].tokens) <= 1
+    assert not seen["next"].tokens
+    assert seen["after"] == seen["before"]
+
+
+def test_nobody_looks_when_checks_are_off(folder):
+    seen = in_a_process(folder, "off", False)
+    assert all(request.ended == "length" for request in seen.values())
+    assert seen["next"].tokens == (0,) * 6
