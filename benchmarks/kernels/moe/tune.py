@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -58,22 +58,27 @@ SHAPES = {
         (128, 2, 4, 0),
         (128, 2, 4, 128),
         (128, 2, 4, 160),
+        (256, 2, 4, 0),
         (256, 2, 8, 0),
         (256, 2, 8, 128),
     ),
     128: ((128, 1, 8, 0), (128, 2, 8, 0), (128, 2, 8, 128), (256, 2, 8, 0)),
 }
-STAGES = (3, 4, 5)
+STAGES = (2, 3, 4, 5)
 
 
-def tiles(block_m: int) -> Iterator[Tile]:
+def tiles(block_m: int, is_second: bool) -> Iterator[Tile]:
     """Candidates of one height, with a group of one block."""
     for shape, stages, tma_b in product(SHAPES[block_m], STAGES, (False, True)):
         block_n, slices_n, num_warps, registers = shape
         options = dict(num_warps=num_warps, num_stages=stages)
         if registers:
             options["maxnreg"] = registers
-        if _fits(block_m, block_n, stages) and (stages < 5 or block_m < 64):
+        deep = stages == 5 and block_m >= 64
+        shallow = stages == 2 and (block_m != 64 or block_n != 256)
+        if not is_second and block_n != 2 * BLOCK[1]:
+            continue
+        if _fits(block_m, block_n, stages) and not deep and not shallow:
             yield Tile(block_m, block_n, BLOCK[1], 1, slices_n, tma_b, options)
 
 
@@ -121,7 +126,8 @@ class Bench:
 
     def milliseconds(self, is_second: bool, tile: Tile, block_m: int) -> float:
         """Time a product, checks included; infinite if the tile cannot be run."""
-        launches = [launch(p, tile, block_m) for p in self._problems[is_second]]
+        problems = self._problems[is_second]
+        launches = [launch(p, is_second, tile, block_m) for p in problems]
         try:
             return milliseconds(launches * (4 if len(launches) > 1 else 2))
         except triton.runtime.errors.OutOfResources:
@@ -129,29 +135,35 @@ class Bench:
 
     def best(self, is_second: bool, block_m: int) -> tuple[float, Tile]:
         """Return the fastest tile of a product and its time."""
-        most = [h for h in (block_m, block_m // 2) if h == block_m or h >= 64]
-        heights = most if is_second else [block_m]
+        half = block_m // 2
+        heights = [block_m, half] if is_second and half >= 64 else [block_m]
         time = partial(self.milliseconds, is_second, block_m=block_m)
-        timed = [(time(t), t) for h in heights for t in tiles(h)]
+        timed = [(time(t), t) for h in heights for t in tiles(h, is_second)]
         timed.sort(key=itemgetter(0))
         wider = [replace(t, group_m=g) for _, t in timed[:3] for g in GROUPS]
         return min(timed[:1] + [(time(t), t) for t in wider], key=itemgetter(0))
 
 
-def launch(p: Problem, tile: Tile, block_m: int) -> Callable[[], None]:
+def launch(p: Problem, is_second: bool, tile: Tile, block_m: int) -> Callable[[], None]:
     """Return what runs a product as the layer does, checks included."""
+    m, top_k, n = *p.experts.shape, p.b.shape[1]
+    c, c_scale = p.b.new_empty(m, top_k, n, dtype=torch.bfloat16), None
+    if not is_second:
+        c = p.b.new_empty(m, top_k, n // 2)
+        c_scale = p.a_scale.new_empty(m, top_k, n // 2 // BLOCK[1])
     return partial(
         fp8_grouped_gemm,
         p.a,
         p.b,
-        p.b.new_empty(*p.experts.shape, p.b.shape[1], dtype=torch.bfloat16),
+        c,
         p.a_scale,
         p.b_scale,
         route(p, block_m),
         tile,
         BLOCK,
-        topk_weights=p.weights if p.top_k == 1 else None,
+        topk_weights=p.weights if is_second else None,
         watch=scale_watch(CUDA),
+        c_scale=c_scale,
     )
 
 
@@ -161,15 +173,18 @@ def compile_tile(job: tuple[int, bool, Tile]) -> None:
     shape = dict(device=CUDA, experts=8, top_k=top_k, is_second=is_second)
     p = problem(16, 256, 256, BLOCK, **shape)
     try:
-        launch(p, tile, tile.block_m)()
+        launch(p, is_second, tile, tile.block_m)()
     except triton.runtime.errors.OutOfResources:
         return
 
 
 def compile_all(top_k: int, heights: Iterable[int]) -> None:
     """Compile what will be timed, on all cores."""
-    candidates = chain.from_iterable(map(tiles, heights))
-    jobs = product([top_k], (False, True), candidates)
+    jobs = [
+        (top_k, is_second, tile)
+        for is_second, height in product((False, True), sorted(heights))
+        for tile in tiles(height, is_second)
+    ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         list(pool.map(compile_tile, jobs, chunksize=2))

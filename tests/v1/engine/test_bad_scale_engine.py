@@ -61,19 +61,21 @@ def load(worker) -> None:
     worker.reload_weights(weights_iterator=CASE.tensors(1))
 
 
-def serve(folder: Path, check: str, async_scheduling: bool) -> dict[str, Seen]:
-    """Plant a bad scale while two requests run; the next step is the last of one."""
+def serve(folder: Path, check: str, batches: int) -> dict[str, Seen]:
+    """Plant a bad scale while two requests run; the next step is the last of one.
+
+    With two batches in flight each request is in one of its own, as with pipelines.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     os.environ["VLLM_MOE_SCALE_CHECK"] = check
     from vllm import LLM, SamplingParams
+    from vllm.config import VllmConfig
 
-    llm = LLM(
-        str(folder),
-        enforce_eager=True,
-        max_model_len=128,
-        async_scheduling=async_scheduling,
-    )
+    VllmConfig.max_concurrent_batches = batches
+    llm = LLM(str(folder), enforce_eager=True, max_model_len=128)
+    core = llm.llm_engine.engine_core.engine_core
+    assert (core.batch_queue is not None) == (batches > 1)
 
     def ask(name: str, max_tokens: int) -> None:
         params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
@@ -90,10 +92,10 @@ def serve(folder: Path, check: str, async_scheduling: bool) -> dict[str, Seen]:
 
     ask("before", 6)
     seen = finish()
-    ask("last", 2)
-    ask("long", 6)
-    while not llm.llm_engine.step():
-        pass
+    for name, max_tokens in (("last", 3), ("long", 6)):
+        ask(name, max_tokens)
+        llm.llm_engine.step()
+    assert batches == 1 or core.batch_queue
     llm.collective_rpc(plant)
     seen |= finish()
     ask("next", 6)
@@ -116,18 +118,19 @@ def folder(tmp_path_factory):
     return write_checkpoint(CASE, seed=1, folder=folder, tokenizer=True)
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True])
-def test_a_bad_scale_ends_requests_until_a_complete_sync(folder, async_scheduling):
-    seen = in_a_process(folder, "raise", async_scheduling)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_bad_scale_ends_requests_until_a_complete_sync(folder, batches):
+    seen = in_a_process(folder, "raise", batches)
     assert seen["before"].ended == "length"
     for name in ("last", "long", "next"):
         assert all(words in seen[name].ended for words in NAMED), seen[name]
-    assert len(seen["last"].tokens) <= 1
+        tokens = seen[name].tokens
+        assert tokens == seen["before"].tokens[: len(tokens)]
     assert not seen["next"].tokens
     assert seen["after"] == seen["before"]
 
 
 def test_nobody_looks_when_checks_are_off(folder):
-    seen = in_a_process(folder, "off", False)
+    seen = in_a_process(folder, "off", 1)
     assert all(request.ended == "length" for request in seen.values())
     assert seen["next"].tokens == (0,) * 6

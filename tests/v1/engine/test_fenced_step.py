@@ -76,8 +76,8 @@ def stand_in_status(monkeypatch):
     monkeypatch.setattr(weight_report, "reload_status", lambda model: model.status)
 
 
-def with_requests(core, **kwargs):
-    core.add_request(make_request("last", **kwargs))
+def with_requests(core):
+    core.add_request(make_request("last"))
     core.add_request(make_request("running"))
     return core
 
@@ -104,7 +104,8 @@ def test_each_request_ends_once_with_the_reason_and_without_tokens():
 
 
 def test_a_pooling_request_ends_with_an_empty_output():
-    core = with_requests(make_guarded_core(), pooling_params=object())
+    core = with_requests(make_guarded_core())
+    core.scheduler.requests["last"].pooling_params = object()
     core.guard.met = True
     (output,) = step(core)[0][0].outputs
     assert output.pooling_output.numel() == 0

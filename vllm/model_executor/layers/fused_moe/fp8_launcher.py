@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.scale_check import ScaleCheck
 from vllm.model_executor.layers.fused_moe.scale_watch import ScaleWatch, scale_watch
 from vllm.model_executor.layers.fused_moe.tile import Tile, base_config
 
-__all__ = ["with_fp8_kernel"]
+__all__ = ["require_fp8", "watch_of", "with_fp8_kernel"]
 
 # The first NVIDIA GPUs that multiply FP8.
 _FP8_CAPABILITY = (8, 9)
@@ -79,7 +79,7 @@ def with_fp8_kernel(launch_base: Launcher) -> Launcher:
                 block_shape,
                 B_bias,
             )
-        _require_fp8(B.device)
+        require_fp8(B.device)
         # Here, since the base imports this module where there is no Triton, too.
         from vllm.model_executor.layers.fused_moe.fp8_grouped_gemm import (
             Routing,
@@ -97,7 +97,7 @@ def with_fp8_kernel(launch_base: Launcher) -> Launcher:
             tuple(block_shape) if block_shape else None,
             B_bias,
             topk_weights if mul_routed_weight else None,
-            _watch(B.device),
+            watch_of(B.device),
         )
 
     return launch
@@ -114,7 +114,8 @@ def _is_covered(a, b, a_scale, b_scale, c, block_shape) -> bool:
     )
 
 
-def _require_fp8(device: torch.device) -> None:
+def require_fp8(device: torch.device) -> None:
+    """Raise NotImplementedError on a GPU that cannot multiply FP8."""
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -127,7 +128,8 @@ def _require_fp8(device: torch.device) -> None:
         )
 
 
-def _watch(device: torch.device) -> ScaleWatch | None:
+def watch_of(device: torch.device) -> ScaleWatch | None:
+    """Return where kernels on a device record bad scales, if anybody looks."""
     if ScaleCheck.from_environment() is ScaleCheck.OFF:
         return None
     return scale_watch(device)
