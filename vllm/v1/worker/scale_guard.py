@@ -78,7 +78,7 @@ class ScaleGuard:
         models = models_of(self._worker)
         if not any(map(_has_weights, models)):
             return None  # dummy weights, whose scales are anything
-        self._reset()
+        self._watch.reset()
         if self._check is ScaleCheck.RAISE:
             return _condemn(models, bad)
         self._warn(models, bad)
@@ -87,13 +87,8 @@ class ScaleGuard:
     def forget(self) -> None:
         """Forget what was met in weights that serve no more."""
         self._seen.clear()
-        if not self.is_off:
-            self._reset()
-
-    @torch.inference_mode()  # as in the forward pass that may have made the watch
-    def _reset(self) -> None:
-        assert self._watch is not None
-        self._watch.reset()
+        if self._watch is not None:
+            self._watch.reset()
 
     def _warn(self, models: list[torch.nn.Module], bad: BadScale) -> None:
         place = bad.address, bad.expert

@@ -9,6 +9,7 @@ K - input features
 N - output features
 """
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -33,84 +34,60 @@ def with_fp8_kernel(launch_base: Launcher) -> Launcher:
 
     FP8 products go to our kernel, and what that does not cover goes to the base's.
     """
+    signature = inspect.signature(launch_base)
 
     @wraps(launch_base)
-    def launch(
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        A_scale: torch.Tensor | None,
-        B_scale: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        sorted_token_ids: torch.Tensor | None,
-        expert_ids: torch.Tensor,
-        num_tokens_post_padded: torch.Tensor,
-        mul_routed_weight: bool,
-        top_k: int,
-        config: dict[str, Any],
-        compute_type: Any,
-        use_fp8_w8a8: bool,
-        use_int8_w8a8: bool,
-        use_int8_w8a16: bool,
-        use_int4_w4a16: bool,
-        per_channel_quant: bool,
-        block_shape: list[int] | None = None,
-        B_bias: torch.Tensor | None = None,
-    ) -> None:
-        routed = sorted_token_ids, expert_ids, num_tokens_post_padded
-        if not use_fp8_w8a8 or not _is_covered(A, B, A_scale, B_scale, C, block_shape):
-            return launch_base(
-                A,
-                B,
-                C,
-                A_scale,
-                B_scale,
-                topk_weights,
-                *routed,
-                mul_routed_weight,
-                top_k,
-                base_config(config),
-                compute_type,
-                use_fp8_w8a8,
-                use_int8_w8a8,
-                use_int8_w8a16,
-                use_int4_w4a16,
-                per_channel_quant,
-                block_shape,
-                B_bias,
-            )
-        require_fp8(B.device)
-        # Here, since the base imports this module where there is no Triton, too.
-        from vllm.model_executor.layers.fused_moe.fp8_grouped_gemm import (
-            Routing,
-            fp8_grouped_gemm,
-        )
-
-        return fp8_grouped_gemm(
-            A,
-            B,
-            C,
-            A_scale,
-            B_scale,
-            Routing(*routed, top_k, config["BLOCK_SIZE_M"]),
-            Tile.of(config, is_second=top_k == 1),
-            tuple(block_shape) if block_shape else None,
-            B_bias,
-            topk_weights if mul_routed_weight else None,
-            watch_of(B.device),
-        )
+    def launch(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        if _is_covered(**call.arguments):
+            _launch(**call.arguments)
+        else:
+            call.arguments["config"] = base_config(call.arguments["config"])
+            launch_base(*call.args)
 
     return launch
 
 
-def _is_covered(a, b, a_scale, b_scale, c, block_shape) -> bool:
+def _is_covered(*, A, B, C, A_scale, B_scale, use_fp8_w8a8, block_shape, **_) -> bool:
     """Whether our kernel takes a product; it was written for NVIDIA's FP8."""
     return (
-        torch.version.hip is None
-        and a.dtype == b.dtype == torch.float8_e4m3fn
-        and c.dtype in (torch.bfloat16, torch.float16)
-        and all(s is not None and s.dtype == torch.float32 for s in (a_scale, b_scale))
+        use_fp8_w8a8
+        and torch.version.hip is None
+        and A.dtype == B.dtype == torch.float8_e4m3fn
+        and C.dtype in (torch.bfloat16, torch.float16)
+        and all(s is not None and s.dtype == torch.float32 for s in (A_scale, B_scale))
         and (not block_shape or block_shape[1] % 32 == 0)
+    )
+
+
+def _launch(*, A, B, C, A_scale, B_scale, top_k, config, block_shape, **more) -> None:
+    # Here, since the base imports this module where there is no Triton, too.
+    from vllm.model_executor.layers.fused_moe.fp8_grouped_gemm import (
+        Routing,
+        fp8_grouped_gemm,
+    )
+
+    require_fp8(B.device)
+    routing = Routing(
+        slots=more["sorted_token_ids"],
+        experts=more["expert_ids"],
+        padded=more["num_tokens_post_padded"],
+        top_k=top_k,
+        block_m=config["BLOCK_SIZE_M"],
+    )
+    fp8_grouped_gemm(
+        A,
+        B,
+        C,
+        A_scale,
+        B_scale,
+        routing,
+        Tile.of(config, is_second=top_k == 1),
+        tuple(block_shape) if block_shape else None,
+        bias=more["B_bias"],
+        topk_weights=more["topk_weights"] if more["mul_routed_weight"] else None,
+        watch=watch_of(B.device),
     )
 
 

@@ -9,6 +9,7 @@ H - hidden features
 I - intermediate features of an expert
 """
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -36,87 +37,37 @@ def with_gated_fp8(apply_base: Apply) -> Apply:
     has a tile with gate and up of one block. All others are the base's.
     """
 
-    @wraps(apply_base)
-    def apply(
-        self: Any,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        a1q_scale: torch.Tensor | None,
-        a2_scale: torch.Tensor | None,
-        workspace13: torch.Tensor,
-        workspace2: torch.Tensor,
-        expert_tokens_meta: Any,
-        apply_router_weight_on_input: bool,
-    ) -> None:
-        config = None
-        if _is_gated_fp8(self, hidden_states, a1q_scale, a2_scale, activation):
-            config = try_get_optimal_moe_config(
-                w1.size(),
-                w2.size(),
-                topk_ids.size(1),
-                self.quant_config.config_name(hidden_states.dtype),
-                hidden_states.size(0),
-                block_shape=self.block_shape,
-            )
-        if config is None or not _has_gated_tile(config, w2, self.block_shape):
-            return apply_base(
-                self,
-                output,
-                hidden_states,
-                w1,
-                w2,
-                topk_weights,
-                topk_ids,
-                activation,
-                global_num_experts,
-                expert_map,
-                a1q_scale,
-                a2_scale,
-                workspace13,
-                workspace2,
-                expert_tokens_meta,
-                apply_router_weight_on_input,
-            )
-        # Here, since the base imports this module where there is no Triton, too.
-        from vllm.model_executor.layers.fused_moe.fp8_experts import (
-            GatedExperts,
-            fp8_gated_experts,
-        )
-        from vllm.model_executor.layers.fused_moe.fp8_grouped_gemm import Routing
+    signature = inspect.signature(apply_base)
 
-        require_fp8(w1.device)
-        m, top_k = topk_ids.shape
-        num_experts = w1.size(0) if expert_map is None else global_num_experts
-        slots, owners, padded = _prepare_expert_assignment(
-            topk_ids,
-            config,
-            m,
-            top_k,
-            num_experts,
-            expert_map,
-            block_shape=self.block_shape,
-        )
-        products = _resize_cache(workspace2, (m, top_k, w2.size(1)))
-        fp8_gated_experts(
-            hidden_states,
-            a1q_scale,
-            GatedExperts(w1, w2, self.w1_scale, self.w2_scale, tuple(self.block_shape)),
-            Routing(slots, owners, padded, top_k, config["BLOCK_SIZE_M"]),
-            None if apply_router_weight_on_input else topk_weights,
-            config,
-            products,
-            watch_of(w1.device),
-        )
-        self.moe_sum(products, output)
+    @wraps(apply_base)
+    def apply(*args: Any, **kwargs: Any) -> None:
+        call = signature.bind(*args, **kwargs).arguments
+        config = _gated_config(**call)
+        if config is None:
+            apply_base(*args, **kwargs)
+        else:
+            _apply(config, **call)
 
     return apply
+
+
+def _gated_config(
+    *, self, hidden_states, w1, w2, topk_ids, activation, a1q_scale, a2_scale, **_
+) -> dict[str, Any] | None:
+    """Return the configuration of a layer that takes two launches, else None."""
+    if not _is_gated_fp8(self, hidden_states, a1q_scale, a2_scale, activation):
+        return None
+    config = try_get_optimal_moe_config(
+        w1.size(),
+        w2.size(),
+        topk_ids.size(1),
+        self.quant_config.config_name(hidden_states.dtype),
+        hidden_states.size(0),
+        block_shape=self.block_shape,
+    )
+    tile, block = Tile.of(config), self.block_shape[1]
+    is_gated = tile.slices_n == 2 and tile.block_n == 2 * block
+    return config if is_gated and w2.size(2) % block == 0 else None
 
 
 def _is_gated_fp8(experts: Any, tokens, scale, second_scale, activation) -> bool:
@@ -142,8 +93,37 @@ def _is_gated_fp8(experts: Any, tokens, scale, second_scale, activation) -> bool
     )
 
 
-def _has_gated_tile(config: dict[str, Any], w2: torch.Tensor, block_shape) -> bool:
-    """Whether a configuration's tile holds gate and up of one block of features."""
-    tile, block = Tile.of(config), block_shape[1]
-    is_gated = tile.slices_n == 2 and tile.block_n == 2 * block
-    return is_gated and w2.size(2) % block == 0
+def _apply(config: dict[str, Any], *, self, w1, w2, topk_ids, **call) -> None:
+    # Here, since the base imports this module where there is no Triton, too.
+    from vllm.model_executor.layers.fused_moe.fp8_experts import (
+        GatedExperts,
+        fp8_gated_experts,
+    )
+    from vllm.model_executor.layers.fused_moe.fp8_grouped_gemm import Routing
+
+    require_fp8(w1.device)
+    (m, top_k), expert_map = topk_ids.shape, call["expert_map"]
+    num_experts = w1.size(0) if expert_map is None else call["global_num_experts"]
+    slots, owners, padded = _prepare_expert_assignment(
+        topk_ids,
+        config,
+        m,
+        top_k,
+        num_experts,
+        expert_map,
+        block_shape=self.block_shape,
+    )
+    weights = None if call["apply_router_weight_on_input"] else call["topk_weights"]
+    block_shape = tuple(self.block_shape)
+    products = _resize_cache(call["workspace2"], (m, top_k, w2.size(1)))
+    fp8_gated_experts(
+        call["hidden_states"],
+        call["a1q_scale"],
+        GatedExperts(w1, w2, self.w1_scale, self.w2_scale, block_shape),
+        Routing(slots, owners, padded, top_k, config["BLOCK_SIZE_M"]),
+        weights,
+        config,
+        products,
+        watch_of(w1.device),
+    )
+    self.moe_sum(products, call["output"])

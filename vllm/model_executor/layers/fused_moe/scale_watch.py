@@ -57,8 +57,9 @@ class ScaleWatch:
 
     def __init__(self, device: torch.device):
         on_host = device.type == "cpu"
-        self.device_word = torch.zeros(1, dtype=torch.int64, device=device)
-        self.host_word = torch.zeros(1, dtype=torch.int64, pin_memory=not on_host)
+        with torch.inference_mode(False):  # for `reset`, wherever that is called
+            self.device_word = torch.zeros(1, dtype=torch.int64, device=device)
+            self.host_word = torch.zeros(1, dtype=torch.int64, pin_memory=not on_host)
         self._slots: dict[int, int] = {}
 
     def slot(self, scale: torch.Tensor) -> int:
