@@ -36,14 +36,20 @@ def _dequantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return weight.double() * spread.repeat_interleave(BLOCK[1], 1)
 
 
+def squared_errors(layer: Layer, m: int, seed: int) -> list[float]:
+    """Of our kernels and of the base's, on the same tokens."""
+    inputs = layer.inputs(m, seed)
+    expected = exact(layer, *inputs)
+    outs = [layer.run(*inputs)]
+    with base_kernels(EXPERTS, m):
+        outs.append(layer.run(*inputs))
+    return [float((out.double() - expected).square().sum()) for out in outs]
+
+
 @pytest.mark.parametrize("m", [1, 7, 64, 512, 2048])
 def test_error_is_not_above_the_base(m):
     layer = Layer(EXPERTS, torch.device("cuda"))
-    inputs = layer.inputs(m, seed=m)
-    expected = exact(layer, *inputs)
-    ours = layer.run(*inputs).double()
-    with base_kernels(EXPERTS, m):
-        base = layer.run(*inputs).double()
-    errors = [(each - expected).norm() / expected.norm() for each in (ours, base)]
-    print(f"M = {m}: relative error {errors[0]:.5f}, base {errors[1]:.5f}")
-    assert errors[0] <= errors[1]
+    # Rounding of one token is a matter of luck; that of hundreds is not.
+    draws = [squared_errors(layer, m, seed) for seed in range(512 // m + 1)]
+    ours, base = map(sum, zip(*draws))
+    assert ours <= base

@@ -91,11 +91,13 @@ def serve(folder: Path, check: str, batches: int, table: str) -> dict[str, Seen]
     from vllm import LLM, SamplingParams
     from vllm.config import VllmConfig
 
-    VllmConfig.max_concurrent_batches = batches
     options = dict(enforce_eager=True, max_model_len=128)
     if ON_GPU:
         write_table(table, folder)
         options |= dict(attention_backend="TRITON_ATTN", gpu_memory_utilization=0.2)
+        options["async_scheduling"] = batches > 1
+    else:  # which has no asynchronous scheduling
+        VllmConfig.max_concurrent_batches = batches
     llm = LLM(str(folder), **options)
     core = llm.llm_engine.engine_core.engine_core
     assert (core.batch_queue is not None) == (batches > 1)
