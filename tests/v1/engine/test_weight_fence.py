@@ -79,6 +79,7 @@ class Scheduler:
     """Holds requests, and counts what is forgotten."""
 
     def __init__(self):
+        self.connector = None
         self.requests = {}
         self.forgotten = []
         self.can_reset = True
@@ -92,9 +93,16 @@ class Scheduler:
             self.requests.pop(request_id).status = status
 
     def reset_prefix_cache(self, reset_running_requests, reset_connector) -> bool:
-        assert reset_running_requests and reset_connector
+        assert reset_running_requests
         self.forgotten.append("prefixes")
+        if reset_connector and self.connector is None:
+            return False  # as before 0.32
+        if reset_connector:
+            self.forgotten.append("prefixes of the connector")
         return self.can_reset
+
+    def get_kv_connector(self):
+        return self.connector
 
     def set_pause_state(self, state) -> None:
         self.pause_state = state
@@ -258,6 +266,13 @@ def test_a_commit_forgets_what_the_old_weights_computed():
     core = make_core()
     core.collective_rpc("sync")
     assert core.scheduler.forgotten == ["prefixes", "encodings"]
+
+
+def test_what_a_connector_holds_is_forgotten_too():
+    core = make_core()
+    core.scheduler.connector = object()
+    core.collective_rpc("sync")
+    assert "prefixes of the connector" in core.scheduler.forgotten
 
 
 def test_without_a_commit_nothing_is_forgotten():

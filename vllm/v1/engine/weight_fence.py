@@ -201,8 +201,10 @@ class WeightFence:
         """
         from vllm.v1.worker.scale_guard import forget_bad_scales
 
+        # Before 0.32, to reset a connector that is not there counts as a failure.
+        has_connector = self._core.scheduler.get_kv_connector() is not None
         forgotten = self._core.reset_prefix_cache(
-            reset_running_requests=True, reset_connector=True
+            reset_running_requests=True, reset_connector=has_connector
         )
         self._core.reset_encoder_cache()
         self._core.model_executor.collective_rpc(forget_bad_scales)
