@@ -100,6 +100,8 @@ _GEMM = Kernel(
         BLOCK_SIZE_N=128,
         BLOCK_SIZE_K=128,
         SLICES_N=1,
+        SCALE_ROWS=1,
+        SCALE_COLUMNS=16,
     ),
     options=dict(num_warps=4, num_stages=3),
 )
@@ -116,8 +118,26 @@ KERNELS = {
         constexprs={k: v for k, v in _GEMM.constexprs.items() if k != "b_desc"}
         | {"SLICES_N": 2},
     ),
+    "gemm, gated": replace(
+        _GEMM,
+        targets=("sm_90", "sm_100"),
+        signature={
+            **_GEMM.signature,
+            "b_desc": "tensordesc<fp8e4nv[128, 128]>",
+            "c_ptr": "*fp8e4nv",
+            "c_scale_ptr": "*fp32",
+        },
+        constexprs={
+            k: v
+            for k, v in _GEMM.constexprs.items()
+            if k not in ("b_desc", "c_scale_ptr")
+        }
+        | {"SLICES_N": 2, "BLOCK_SIZE_N": 256},
+        options=dict(num_warps=8, num_stages=3),
+    ),
     "gemm, channels": replace(
-        _GEMM, constexprs={**_GEMM.constexprs, "GROUP_N": 1, "GROUP_K": 0}
+        _GEMM,
+        constexprs={**_GEMM.constexprs, "GROUP_N": 1, "GROUP_K": 0, "SCALE_ROWS": 128},
     ),
     "scan": Kernel(
         path="scale_scan:_scan_kernel",

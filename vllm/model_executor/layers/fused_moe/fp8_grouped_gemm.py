@@ -138,6 +138,8 @@ def fp8_grouped_gemm(
         BLOCK_SIZE_N=tile.block_n,
         BLOCK_SIZE_K=block_k,
         SLICES_N=tile.slices_n,
+        SCALE_ROWS=_scale_rows(tile.block_n // tile.slices_n, group_n),
+        SCALE_COLUMNS=triton.next_power_of_2(triton.cdiv(k, group_k or k)),
         **tile.options,
     )
 
@@ -149,6 +151,14 @@ def _blocks_in_m(num_slots: int, routing: Routing, tile: Tile) -> int:
     # A block that is in use holds a slot, so few slots fill few blocks.
     most = num_slots * (routing.block_m // tile.block_m)
     return min(triton.cdiv(routing.slots.numel(), tile.block_m), most)
+
+
+def _scale_rows(slice_n: int, group_n: int) -> int:
+    """Return the power of two that holds the blocks of N that a slice touches."""
+    if group_n % slice_n == 0:
+        return 1
+    aligned, rest = divmod(slice_n, group_n)
+    return triton.next_power_of_2(aligned + 2 if rest else aligned)
 
 
 def _descriptor(b: torch.Tensor, tile: Tile, block_k: int) -> TensorDescriptor | None:
@@ -170,8 +180,11 @@ def _check_gated(b, tile, block_shape) -> None:
             f"tile: expected two slices of a block of {group} input features, as "
             f"c_scale is given, got {tile.slices_n} in {tile.block_n}"
         )
-    if n % tile.block_n:
-        raise ValueError(f"b: expected a multiple of {tile.block_n} in N, got {n}")
+    if n % (2 * max(tile.block_n // 2, block_shape[0])):
+        raise ValueError(
+            f"b: expected whole blocks of {block_shape} and whole slices of "
+            f"{tile.block_n // 2} in each half of N, got N = {n}"
+        )
 
 
 def _check(a, b, c, a_scale, b_scale, routing, block_shape, bias, c_scale) -> None:
@@ -210,49 +223,6 @@ def _expect(name, tensor, shapes, dtypes, like) -> None:
         raise ValueError(f"{name}: expected one of {dtypes}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected it on {like.device}, got {tensor.device}")
-
-
-@triton.jit
-def _is_bad(bits):
-    """NaN, infinite and negative floats are those of the largest bit patterns."""
-    return bits >= 0x7F800000
-
-
-@triton.jit
-def _record_bad_scale(
-    worst,
-    scale_ptr,
-    stride_n,
-    stride_k,
-    first_n,
-    last_n,
-    blocks_k,
-    expert,
-    slot,
-    device_word_ptr,
-    host_word_ptr,
-):
-    """Record a bad scale in rows `first_n` to `last_n` of an expert, if any is there.
-
-    The search is off the road of good scales, so it may be slow. -0.0 is zero, and not
-    bad.
-    """
-    if _is_bad(worst):
-        zero = tl.zeros((), dtype=tl.int64)
-        word = zero
-        for block_n in range(first_n, last_n + 1):
-            for block_k in range(0, blocks_k):
-                bits = _bits(
-                    tl.load(scale_ptr + block_n * stride_n + block_k * stride_k)
-                )
-                if _is_bad(bits) & (bits != 0x80000000) & (word == 0):
-                    where_n = (zero + block_n) << 16
-                    where = (zero + slot) << 46 | (zero + expert) << 34 | where_n
-                    word = where | (zero + block_k)
-        if word != 0:
-            claimed = tl.atomic_cas(device_word_ptr, zero, word)
-            if claimed == 0:
-                tl.store(host_word_ptr, word)
 
 
 # Sizes that no vector of addresses depends on: one binary serves them all.
@@ -310,6 +280,8 @@ def fp8_grouped_gemm_kernel(
     BLOCK_SIZE_N: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
     SLICES_N: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
 ):
     """Compute one tile of C; the launcher above says what the tensors are.
 
@@ -319,6 +291,8 @@ def fp8_grouped_gemm_kernel(
         GROUP_K: k, a multiple of BLOCK_SIZE_K; 0 without blocks.
         SWAP_AB: multiply weights by tokens: the matrix units take no fewer than 64
             rows on the left, and any small number of columns on the right.
+        SCALE_ROWS: a power of two, at least the blocks of N that a slice touches.
+        SCALE_COLUMNS: a power of two, at least the blocks of K.
 
     Example, of 3 tokens for 2 experts with T = 1 and BLOCK_SIZE_M = 2:
 
@@ -367,21 +341,33 @@ def fp8_grouped_gemm_kernel(
     ONE_SCALE: tl.constexpr = GROUP_N == 0 or GROUP_N % SLICE == 0
     bs_base = b_scale_ptr + expert * stride_bse
     block_n = _block_n(first_n, offs_n, N, GROUP_N, ONE_SCALE)
-    last_block_n = block_n
     bs_ptrs = bs_base + block_n * stride_bsn
     bs = tl.load(bs_ptrs)
-    worst = _bits(bs)
     as_ptrs = a_scale_ptr + tokens * stride_asm
     a_scale = tl.load(as_ptrs, mask=is_token, other=0.0)
     acc = _zeros(BLOCK_SIZE_M, SLICE, SWAP_AB)
     if SLICES_N == 2:
         to_slice1 = N // 2 if IS_GATED else SLICE
         offs_n1 = offs_n + to_slice1
-        last_block_n = _block_n(first_n + to_slice1, offs_n1, N, GROUP_N, ONE_SCALE)
-        bs1_ptrs = bs_base + last_block_n * stride_bsn
+        block_n1 = _block_n(first_n + to_slice1, offs_n1, N, GROUP_N, ONE_SCALE)
+        bs1_ptrs = bs_base + block_n1 * stride_bsn
         bs1 = tl.load(bs1_ptrs)
-        worst = tl.maximum(worst, _bits(bs1))
         acc1 = _zeros(BLOCK_SIZE_M, SLICE, SWAP_AB)
+    # The scales of a slice at once, to be looked at after the loop: so they come into
+    # the cache early, and a check adds nothing to the loop.
+    rows = tl.arange(0, SCALE_ROWS)[:, None]
+    columns = tl.arange(0, SCALE_COLUMNS)[None, :]
+    if device_word_ptr is not None:
+        blocks_n = tl.cdiv(N, GROUP_N) if GROUP_N > 0 else 1
+        is_block = columns < (tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1)
+        all_ptrs = bs_base + rows * stride_bsn + columns * stride_bsk
+        row = first_n // GROUP_N if GROUP_N > 0 else 0
+        ptrs = all_ptrs + row * stride_bsn
+        all_bs = tl.load(ptrs, mask=(row + rows < blocks_n) & is_block, other=0.0)
+        if SLICES_N == 2:
+            row1 = (first_n + to_slice1) // GROUP_N if GROUP_N > 0 else 0
+            ptrs = all_ptrs + row1 * stride_bsn
+            all_bs1 = tl.load(ptrs, mask=(row1 + rows < blocks_n) & is_block, other=0.0)
 
     for k in range(0, K, BLOCK_SIZE_K):
         in_k = (offs_k < K - k)[None, :]
@@ -399,11 +385,9 @@ def fp8_grouped_gemm_kernel(
             as_k_ptrs = as_ptrs + block_k * stride_ask
             a_scale = tl.load(as_k_ptrs, mask=is_token, other=0.0)
             bs = tl.load(bs_ptrs + block_k * stride_bsk)
-            worst = tl.maximum(worst, _bits(bs))
             product = _dot(a, b, None, SWAP_AB)
             if SLICES_N == 2:
                 bs1 = tl.load(bs1_ptrs + block_k * stride_bsk)
-                worst = tl.maximum(worst, _bits(bs1))
                 product1 = _dot(a, b1, None, SWAP_AB)
             acc += product * _scales(a_scale, bs, ONE_SCALE, SWAP_AB)
             if SLICES_N == 2:
@@ -433,19 +417,36 @@ def fp8_grouped_gemm_kernel(
             out1 = _finish(acc1, bias_ptr, weights, offs_n1, N, SWAP_AB)
             _store(out1, c_rows, is_token, offs_n1, N)
     if device_word_ptr is not None:
-        _record_bad_scale(
-            worst if ONE_SCALE else tl.max(worst),
-            bs_base,
-            stride_bsn,
-            stride_bsk,
-            block_n if ONE_SCALE else tl.min(block_n),
-            last_block_n if ONE_SCALE else tl.max(last_block_n),
-            tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1,
-            expert,
-            slot,
-            device_word_ptr,
-            host_word_ptr,
-        )
+        zero = tl.zeros((), dtype=tl.int64)
+        in_tensor = (zero + slot) << 46 | expert << 34
+        place = (rows << 16) + columns
+        word = in_tensor | (zero + row) << 16
+        _record_bad_scale(all_bs, place, word, device_word_ptr, host_word_ptr)
+        if SLICES_N == 2:
+            _record_bad_scale(
+                all_bs1,
+                place,
+                word + (zero + row1 << 16),
+                device_word_ptr,
+                host_word_ptr,
+            )
+
+
+@triton.jit
+def _record_bad_scale(scales, place, word, device_word_ptr, host_word_ptr):
+    """Record the first bad scale, if any, as the word and its place.
+
+    NaN, infinite and negative floats are those of the largest bit patterns. -0.0 is
+    zero, and not bad.
+    """
+    NOWHERE: tl.constexpr = 0x7FFFFFFF
+    bits = scales.to(tl.uint32, bitcast=True)
+    is_bad = (bits >= 0x7F800000) & (bits != 0x80000000)
+    first = tl.min(tl.min(tl.where(is_bad, place, NOWHERE), 1), 0)
+    if first != NOWHERE:
+        unclaimed = tl.zeros((), dtype=tl.int64)
+        if tl.atomic_cas(device_word_ptr, unclaimed, word + first) == 0:
+            tl.store(host_word_ptr, word + first)
 
 
 @triton.jit
@@ -457,11 +458,6 @@ def _block_n(first_n, offs_n, N, GROUP_N: tl.constexpr, ONE_SCALE: tl.constexpr)
         return min(first_n, N - 1) // GROUP_N
     else:
         return tl.minimum(offs_n, N - 1) // GROUP_N
-
-
-@triton.jit
-def _bits(scale):
-    return scale.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
