@@ -6,15 +6,18 @@ PYTHON ?= python3
 BASE ?=
 # The release on which the defect was reported, as far as a CPU has it.
 REPORTED_BASE := 0.22.1
+GPU_TESTS := $(addprefix tests/kernels/moe/test_, scale_scan.py fp8_grouped_gemm.py \
+	fp8_experts.py against_base.py) tests/v1/engine/test_bad_scale_engine.py
 
 export HF_HUB_OFFLINE := 1
 export VLLM_CPU_KVCACHE_SPACE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test upstream-test wheel lint clean
+.PHONY: help venv demo test upstream-test gpu-test gpu-bench wheel lint clean
 
 help:
 	@echo "make venv [BASE=x.y.z] | demo | test | upstream-test | wheel [BASE=x.y.z] | lint | clean"
+	@echo "with the fork installed on a machine with a GPU: make gpu-test | gpu-bench"
 
 venv:
 	@$(PYTHON) -m overlay venv $(if $(BASE),--base $(BASE))
@@ -29,6 +32,14 @@ test: default-venv
 
 upstream-test: default-venv
 	.venv/bin/python -m tests.upstream
+
+gpu-test:
+	$(PYTHON) -m pytest $(GPU_TESTS)
+
+gpu-bench:
+	mkdir -p build
+	$(PYTHON) -m benchmarks.kernels.moe.bench --out build/moe.json
+	$(PYTHON) -m benchmarks.kernels.moe.plot build/moe.json build/moe.png
 
 wheel: default-venv
 	.venv/bin/python -m overlay build $(if $(BASE),--base $(BASE))

@@ -34,7 +34,8 @@ from vllm.model_executor.layers.fused_moe.tile import Tile
 TABLES = Path(tile_module.__file__).parent / "configs"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BLOCK = (128, 128)
-GROUPS = (8, 32)
+GROUPS = (1, 8, 32)
+FINALISTS = 4
 CUDA = torch.device("cuda")
 
 
@@ -62,7 +63,13 @@ SHAPES = {
         (256, 2, 8, 0),
         (256, 2, 8, 128),
     ),
-    128: ((128, 1, 8, 0), (128, 2, 8, 0), (128, 2, 8, 128), (256, 2, 8, 0)),
+    128: (
+        (128, 1, 8, 0),
+        (128, 2, 8, 0),
+        (128, 2, 8, 128),
+        (256, 2, 8, 0),
+        (256, 2, 16, 0),
+    ),
 }
 STAGES = (2, 3, 4, 5)
 
@@ -124,12 +131,14 @@ class Bench:
             for is_second in (False, True)
         ]
 
-    def milliseconds(self, is_second: bool, tile: Tile, block_m: int) -> float:
+    def milliseconds(
+        self, is_second: bool, tile: Tile, block_m: int, repeats: int
+    ) -> float:
         """Time a product, checks included; infinite if the tile cannot be run."""
         problems = self._problems[is_second]
         launches = [launch(p, is_second, tile, block_m) for p in problems]
         try:
-            return milliseconds(launches * (4 if len(launches) > 1 else 2))
+            return milliseconds(launches * min(repeats, 4), repeats)
         except triton.runtime.errors.OutOfResources:
             return float("inf")
 
@@ -138,10 +147,14 @@ class Bench:
         half = block_m // 2
         heights = [block_m, half] if is_second and half >= 64 else [block_m]
         time = partial(self.milliseconds, is_second, block_m=block_m)
-        timed = [(time(t), t) for h in heights for t in tiles(h, is_second)]
-        timed.sort(key=itemgetter(0))
-        wider = [replace(t, group_m=g) for _, t in timed[:3] for g in GROUPS]
-        return min(timed[:1] + [(time(t), t) for t in wider], key=itemgetter(0))
+        candidates = [t for h in heights for t in tiles(h, is_second)]
+        candidates.sort(key=partial(time, repeats=1))
+        finalists = [
+            replace(tile, group_m=g)
+            for tile, g in product(candidates[:FINALISTS], GROUPS)
+        ]
+        timed = [(time(tile, repeats=7), tile) for tile in finalists]
+        return min(timed, key=itemgetter(0))
 
 
 def launch(p: Problem, is_second: bool, tile: Tile, block_m: int) -> Callable[[], None]:
@@ -167,21 +180,22 @@ def launch(p: Problem, is_second: bool, tile: Tile, block_m: int) -> Callable[[]
     )
 
 
-def compile_tile(job: tuple[int, bool, Tile]) -> None:
-    """Put a kernel into Triton's cache on the disk."""
-    top_k, is_second, tile = job
-    shape = dict(device=CUDA, experts=8, top_k=top_k, is_second=is_second)
-    p = problem(16, 256, 256, BLOCK, **shape)
+def compile_tile(job: tuple[Experts, bool, Tile]) -> None:
+    """Put a kernel into Triton's cache on the disk: one for all N and all M."""
+    experts, is_second, tile = job
+    _, k = experts.product(is_second)
+    shape = dict(experts=experts.top_k, top_k=experts.top_k, is_second=is_second)
+    p = problem(16, 2 * BLOCK[0], k, BLOCK, device=CUDA, **shape)
     try:
         launch(p, is_second, tile, tile.block_m)()
     except triton.runtime.errors.OutOfResources:
         return
 
 
-def compile_all(top_k: int, heights: Iterable[int]) -> None:
+def compile_all(experts: Experts, heights: Iterable[int]) -> None:
     """Compile what will be timed, on all cores."""
     jobs = [
-        (top_k, is_second, tile)
+        (experts, is_second, tile)
         for is_second, height in product((False, True), sorted(heights))
         for tile in tiles(height, is_second)
     ]
@@ -194,7 +208,7 @@ def tune(experts: Experts, tokens: Iterable[int], table: Path) -> None:
     """Fill a table with the fastest tiles of each count of tokens."""
     entries = json.loads(table.read_text()) if table.exists() else {}
     missing = [m for m in tokens if str(m) not in entries]
-    compile_all(experts.top_k, {h for m in missing for h in heights(m, experts)})
+    compile_all(experts, {h for m in missing for h in heights(m, experts)})
     random = torch.Generator(CUDA).manual_seed(0)
     products = (experts.product(is_second) for is_second in (False, True))
     b_and_scales = [weights(experts.count, *nk, BLOCK, random) for nk in products]
