@@ -80,21 +80,21 @@ class Layer:
             tokens, None, torch.float8_e4m3fn, False, list(BLOCK)
         )
         self._triton.apply(
-            output=out,
             hidden_states=quantised,
-            w1=self.w13,
-            w2=self.w2,
-            topk_weights=topk_weights,
-            topk_ids=topk_ids,
-            activation=MoEActivation.SILU,
-            global_num_experts=local,
-            expert_map=None,
             a1q_scale=scale,
             a2_scale=None,
+            w1=self.w13,
+            w2=self.w2,
+            activation=MoEActivation.SILU,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+            apply_router_weight_on_input=False,
+            expert_map=None,
+            expert_tokens_meta=None,
+            global_num_experts=local,
             workspace13=workspace13,
             workspace2=workspace2,
-            expert_tokens_meta=None,
-            apply_router_weight_on_input=False,
+            output=out,
         )
         return out
 
