@@ -4,11 +4,13 @@
 
     python -m benchmarks.sync.side FOLDER LAYERS EXPERTS HIDDEN INTERMEDIATE BUCKET
 
-reads "load" and "sync" from standard input, and answers with the seconds that took.
+reads "load" and "sync" from standard input, and answers with the seconds that took. The
+time in which the trainer fills its bucket does not count.
 """
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,20 +33,29 @@ class Side:
         self._bucket = torch.empty(workload.bucket, dtype=torch.uint8)
         self._built: Built | None = None
 
-    def load(self) -> None:
+    def load(self) -> float:
         """Load the checkpoint into a new model."""
         self._built = None
+        start = time.perf_counter()
         self._built = build(self._workload.case, self._folder)
+        return time.perf_counter() - start
 
-    def sync(self) -> None:
+    def sync(self) -> float:
         """Push all tensors through the bucket."""
         assert self._built is not None
         model, config = self._built
         with self._built.worker_context():
-            reload.initialize_layerwise_reload(model)
+            seconds = _timed(reload.initialize_layerwise_reload, model)
             for chunk in chunks(self._tensors, len(self._bucket), self._bucket):
-                model.load_weights(iter(chunk))
-            reload.finalize_layerwise_reload(model, config.model_config)
+                seconds += _timed(model.load_weights, iter(chunk))
+            finish = reload.finalize_layerwise_reload
+            return seconds + _timed(finish, model, config.model_config)
+
+
+def _timed(call: Callable[..., object], *arguments: object) -> float:
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -53,9 +64,7 @@ def main() -> None:
     with pytest.MonkeyPatch.context() as patch, single_rank():
         stand_ins.install(patch)
         for command in sys.stdin:
-            start = time.perf_counter()
-            getattr(side, command.strip())()
-            print("seconds", time.perf_counter() - start, flush=True)
+            print("seconds", getattr(side, command.strip())(), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from .fingerprint import Fingerprint
 from .ledger import Box, Ledger, boxes_of_view
 from .recording import FirstLoad, LoaderCall, TensorSpec, wrote
 from .regions import describe, shard_box
+from .routing import RouteRecorder
 
 __all__ = ["StagedLayer", "StagedLoader", "StagedTensor", "StagingMode"]
 
@@ -87,7 +88,11 @@ class StagedTensor:
 
     def note_write(self, view: torch.Tensor) -> None:
         """Note that `view`, a view of the memory, was filled with loaded values."""
-        for box in boxes_of_view(view, self.meta):
+        self.note_boxes(boxes_of_view(view, self.meta))
+
+    def note_boxes(self, boxes: Iterable[Box]) -> None:
+        """Note that these were filled with loaded values."""
+        for box in boxes:
             self.ledger.write(box)
             self.written.add(box)
 
@@ -301,8 +306,11 @@ class StagedLayer:
 class StagingMode(TorchDispatchMode):
     """Redirects operators on staged tensors to their memory, and notes the writes."""
 
-    def __init__(self, tensors: Iterable[StagedTensor]):
+    def __init__(
+        self, tensors: Iterable[StagedTensor], recorder: RouteRecorder | None = None
+    ):
         super().__init__()
+        self._recorder = recorder
         tensors = list(tensors)
         self._by_meta = {t.meta.untyped_storage()._cdata: t for t in tensors}
         self._by_memory: dict[int, StagedTensor] = {}
@@ -320,6 +328,10 @@ class StagingMode(TorchDispatchMode):
             yield
         finally:
             self._paused = was_paused
+
+    def touch(self, tensor: StagedTensor) -> None:
+        """Note that a staged tensor was written."""
+        self._touched.add(tensor)
 
     def take_touched(self) -> set[StagedTensor]:
         """The tensors written since this was last asked."""
@@ -339,9 +351,13 @@ class StagingMode(TorchDispatchMode):
         args = tuple(self._redirect(value) for value in args)
         if kwargs:
             kwargs = {name: self._redirect(value) for name, value in kwargs.items()}
-        if not wrote(func, args):
-            return func(*args, **kwargs)
-        return self._write(func, args, kwargs)
+        if wrote(func, args) and (tensor := self._staged_of(args[0])) is not None:
+            return self._write(tensor, func, args, kwargs)
+        result = func(*args, **kwargs)
+        if self._recorder is not None:
+            values = (*args, *kwargs.values())
+            self._recorder.seen(func, values, result, self._by_memory)
+        return result
 
     def _redirect(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -362,19 +378,28 @@ class StagingMode(TorchDispatchMode):
         offset = view.storage_offset() - tensor.meta.storage_offset()
         return memory.data.as_strided(view.shape, view.stride(), offset)
 
-    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        view = args[0]
+    def _staged_of(self, view: torch.Tensor) -> StagedTensor | None:
         storage = view.untyped_storage()._cdata
-        tensor = (self._by_meta if view.is_meta else self._by_memory).get(storage)
-        if tensor is None:
-            return func(*args, **kwargs)
-        source = args[1]
+        return (self._by_meta if view.is_meta else self._by_memory).get(storage)
+
+    def _write(
+        self,
+        tensor: StagedTensor,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        view, source = args[:2]
         if isinstance(source, torch.Tensor):
             check_castable(tensor, source)
         if tensor.closed:
+            if self._recorder is not None:
+                self._recorder.refuse()
             tensor.check_repeated(view, source)
             return view
         result = func(*args, **kwargs)
+        if self._recorder is not None:
+            self._recorder.copied(tensor, view, source)
         tensor.note_write(view)
-        self._touched.add(tensor)
+        self.touch(tensor)
         return result

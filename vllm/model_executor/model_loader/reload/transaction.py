@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 import vllm.envs as envs
 from vllm.config import ModelConfig
@@ -20,9 +21,12 @@ from .agreement import agree_across_ranks
 from .commit import Commit
 from .errors import WeightSyncError
 from .fingerprint import same_bytes
+from .plan import Plan, fingerprint
+from .planned import PlannedCopies
 from .processing import is_attention, prepare_layer, unservable
 from .recording import TensorSpec
 from .registry import get_layerwise_info
+from .routing import RouteRecorder
 from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
 from .staging_area import stage_model
 from .status import ReloadStatus
@@ -85,6 +89,7 @@ class ModelReload:
         lost: why no whole weights serve, if so; a sync then owes everything.
         fenced: whether, when lost, requests must be refused.
         transaction: the open sync, or the one that failed and was not closed.
+        plan: where earlier syncs brought what they were given.
 
     """
 
@@ -93,6 +98,7 @@ class ModelReload:
     lost: str = ""
     fenced: bool = False
     transaction: Sync | None = None
+    plan: Plan = field(default_factory=Plan)
 
     @property
     def status(self) -> ReloadStatus:
@@ -146,7 +152,13 @@ class ReloadTransaction:
         attention = [layer.layer for layer in self._layers if is_attention(layer.layer)]
         self._deferred = {child for layer in attention for child in layer.children()}
         self._deferred.update(attention)
-        self._mode = StagingMode(self._layers_of)
+        self._recorder = RouteRecorder()
+        self._mode = StagingMode(self._layers_of, self._recorder)
+        self._layout = fingerprint(model, (tensor.meta for tensor in self._layers_of))
+        routes = {}
+        if envs.VLLM_RELOAD_PLAN:
+            routes = reload.plan.routes_for(self._layout)
+        self._planned = PlannedCopies(routes, self._layers_of, self._mode.touch)
         self._claimed: dict[_Place, torch.Tensor] = {}
         self._loading = False
         self._failure: str | None = None
@@ -186,8 +198,11 @@ class ReloadTransaction:
 
         """
         self._check_open()
-        source = _Source(weights, self._mode, self.commit_ready_layers)
+        source = _Source(
+            weights, self._recorder, self._planned, self.commit_ready_layers
+        )
         try:
+            source.skip_planned()
             with self._staging():
                 result = self._load_weights(iter(source), *args, **kwargs)
                 self.commit_ready_layers()
@@ -240,6 +255,9 @@ class ReloadTransaction:
         self._close()
 
     def _succeed(self) -> None:
+        # Of a part nobody knows what its loaders keep for the rest.
+        if all(tensor.ledger.complete for tensor in self._layers_of):
+            self._reload.plan.take_over(self._recorder.routes(), self._layout)
         if not self._reload.first_loaded:
             for tensor in self._layers_of:
                 tensor.learn()
@@ -249,6 +267,12 @@ class ReloadTransaction:
         for layer in self._layers:
             self._drop(layer)
         self._close()
+        logger.info(
+            "Weight sync %d is complete: %d tensors went by plan, %d through loaders.",
+            self._reload.version,
+            self._planned.taken,
+            self._recorder.count,
+        )
 
     def _close(self) -> None:
         if self._reload.transaction is self:
@@ -423,29 +447,49 @@ class _Source:
     """
 
     def __init__(
-        self, weights: Weights, mode: StagingMode, on_loaded: Callable[[], None]
+        self,
+        weights: Weights,
+        recorder: RouteRecorder,
+        planned: PlannedCopies,
+        on_loaded: Callable[[], None],
     ):
         self.name: str | None = None
         self.error: BaseException | None = None
-        self._weights = weights
-        self._mode = mode
+        self._weights = iter(weights)
+        self._recorder = recorder
+        self._planned = planned
         self._on_loaded = on_loaded
         self._spec: TensorSpec | None = None
+        self._left: torch.Tensor | None = None
+
+    def skip_planned(self) -> None:
+        """Stage the tensors with routes, up to the first that has none."""
+        self._left = None
+        while (sent := self._next()) is not None:
+            self.name, tensor = sent
+            self._spec = TensorSpec.of(tensor)
+            if not self._planned.take(self.name, tensor):
+                self._left = tensor
+                return
+            self._on_loaded()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        weights = iter(self._weights)
-        while True:
-            try:
-                with self._mode.paused():
-                    name, tensor = next(weights)
-            except StopIteration:
-                return
-            except BaseException as error:
-                self.error = error
-                raise
-            self.name, self._spec = name, TensorSpec.of(tensor)
-            yield name, tensor
+        while self._left is not None:
+            assert self.name is not None
+            self._recorder.begin(self.name, self._left)
+            yield self.name, self._left
+            self._recorder.end()
             self._on_loaded()
+            # Not only paused: a mode costs more than a copy.
+            with _disable_current_modes():
+                self.skip_planned()
+
+    def _next(self) -> tuple[str, torch.Tensor] | None:
+        try:
+            return next(self._weights, None)
+        except BaseException as error:
+            self.error = error
+            raise
 
     def explain(self, error: BaseException) -> WeightSyncError:
         """The error of a loader, in terms of the tensor that it was loading."""

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A tensor takes its loader's way past the loader, or goes through it again."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.checkpoints import CASES, chunks
+from tests.harness.snapshot import assert_same, snapshot
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    transaction,
+)
+from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
+from vllm.model_executor.model_loader.reload.plan import Plan, Route, fingerprint
+from vllm.model_executor.model_loader.reload.planned import PlannedCopies
+from vllm.model_executor.model_loader.reload.recording import FirstLoad, TensorSpec
+from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
+from vllm.model_executor.model_loader.reload.routing import RouteRecorder
+from vllm.model_executor.model_loader.reload.staging import StagedTensor, StagingMode
+
+CPU = torch.device("cpu")
+BUCKET = torch.arange(96.0)
+A, B = BUCKET[:24].view(4, 6), BUCKET[24:48].view(4, 6)
+
+
+def staged(shape=(4, 6), dtype=torch.float32, owed=None) -> StagedTensor:
+    meta = torch.empty(shape, dtype=dtype, device="meta")
+    ledger = Ledger(owed or [Box.whole(shape)])
+    return StagedTensor("layer", "weight", meta, CPU, FirstLoad(), ledger)
+
+
+def record(target: StagedTensor, load, **tensors: torch.Tensor) -> dict[str, Route]:
+    """Routes of tensors that `load(meta, tensor)` is given one after the other."""
+    recorder = RouteRecorder()
+    with StagingMode([target], recorder):
+        for name, tensor in tensors.items():
+            recorder.begin(name, tensor)
+            load(target.meta, tensor)
+            recorder.end()
+    return recorder.routes()
+
+
+def whole(meta, tensor):
+    meta.data.copy_(tensor)
+
+
+def rows(meta, tensor):
+    for row in (0, 1):
+        meta.data.narrow(0, 2 * row, 2).copy_(tensor.narrow(0, 2 - 2 * row, 2))
+
+
+def transposed(meta, tensor):
+    meta.data.copy_(tensor.reshape(6, 4).t())
+
+
+def broadcast(meta, tensor):
+    meta.data.copy_(tensor[:1])
+
+
+def nothing(meta, tensor):
+    tensor.narrow(0, 0, 1)
+
+
+@pytest.mark.parametrize("load", [whole, rows, transposed, broadcast, nothing])
+def test_a_route_copies_what_its_loader_copied(load):
+    routes = record(staged(), load, a=A)
+    by_loader, by_route = staged(), staged()
+    with StagingMode([by_loader]):
+        load(by_loader.meta, B)
+    written: list[StagedTensor] = []
+    planned = PlannedCopies(routes, [by_route], written.append)
+    assert planned.take("a", B) and planned.taken == 1
+    assert by_route.written == by_loader.written
+    assert by_route.ledger.missing() == by_loader.ledger.missing()
+    if by_loader.written:
+        assert torch.equal(by_route.memory, by_loader.memory)
+        assert set(written) == {by_route}
+
+
+def test_a_route_casts_as_its_loader_did():
+    routes = record(staged(dtype=torch.bfloat16), whole, a=A)
+    target = staged(dtype=torch.bfloat16)
+    assert PlannedCopies(routes, [target], lambda _: None).take("a", B)
+    assert torch.equal(target.memory, B.bfloat16())
+
+
+def by_value(meta, tensor):
+    if tensor.max() > 0:
+        meta.data.copy_(tensor)
+
+
+def with_a_look_at_the_target(meta, tensor):
+    meta.data.copy_(tensor)
+    assert meta.data.isfinite().all()
+
+
+def changed(meta, tensor):
+    meta.data.copy_(tensor * 2)
+
+
+def cast_before(meta, tensor):
+    meta.data.copy_(tensor.double())
+
+
+def element_by_element(meta, tensor):
+    for i in range(24):
+        meta.data.view(-1)[i].fill_(tensor.view(-1)[i].item())
+
+
+@pytest.mark.parametrize(
+    "load",
+    [by_value, with_a_look_at_the_target, changed, cast_before, element_by_element],
+)
+def test_a_tensor_that_was_more_than_copied_has_no_route(load):
+    assert not record(staged(), load, a=A)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda meta, kept, new: meta.data.copy_(kept),
+        lambda meta, kept, new: meta.data.copy_(torch.cat([kept[:2], new[:2]])),
+        lambda meta, kept, new: meta.data.copy_(kept + 1),
+    ],
+)
+def test_nothing_has_a_route_once_a_loader_kept_a_tensor(use):
+    kept = []
+
+    def load(meta, tensor):
+        kept.append(tensor)
+        if len(kept) == 2:
+            use(meta, *kept)
+
+    assert not record(staged(), load, a=A, b=B)
+
+
+def test_tensors_that_write_the_same_have_no_route():
+    assert not record(staged(), whole, a=A, b=B)
+    halves = [Box((0, 0), (3, 6)), Box((1, 0), (4, 6))]
+    assert not record(staged(owed=halves), whole, a=A)
+
+
+def test_a_small_tensor_that_was_not_copied_has_no_route():
+    assert not record(staged(), lambda meta, tensor: tensor.tolist(), a=BUCKET[:1])
+
+
+def test_a_repeated_tensor_has_no_route():
+    target = staged()
+    with StagingMode([target]):
+        whole(target.meta, A)
+    target.close()
+    assert not record(target, whole, a=A)
+
+
+@pytest.mark.parametrize(
+    "tensor", [A[:3], A.bfloat16(), B.t().contiguous().t()], ids=str
+)
+def test_what_does_not_fit_goes_through_its_loader(tensor):
+    routes = record(staged(), whole, a=A)
+    planned = PlannedCopies(routes, [staged()], lambda _: None)
+    assert not planned.take("a", tensor) and not planned.take("b", A)
+    assert planned.taken == 0
+
+
+def model_with(expert_map, balanced=False):
+    model = torch.nn.Module()
+    model.expert_map = torch.tensor(expert_map)
+    parallel = SimpleNamespace(enable_eplb=balanced)
+    model.moe_config = SimpleNamespace(moe_parallel_config=parallel)
+    return model
+
+
+def test_a_plan_dies_with_the_model_that_it_was_made_for():
+    metas = [torch.empty(4, 6, device="meta")]
+    before = fingerprint(model_with([0, 1, -1]), metas)
+    route = Route(TensorSpec.of(A), ())
+    plan = Plan()
+    plan.take_over({"a": route}, before)
+    same = fingerprint(model_with([0, 1, -1]), metas)
+    assert plan.routes_for(same) == {"a": route}
+    for other in (
+        fingerprint(model_with([0, -1, 1]), metas),
+        fingerprint(model_with([0, 1, -1]), [torch.empty(6, 4, device="meta")]),
+        fingerprint(model_with([0, 1, -1]), [metas[0].bfloat16()]),
+    ):
+        assert not plan.routes_for(other)
+    plan.take_over({"b": route}, fingerprint(model_with([1, 0, -1]), metas))
+    assert set(plan.routes) == {"b"}
+
+
+def test_experts_that_are_balanced_have_no_plan():
+    layouts = [fingerprint(model_with([0, 1], balanced=True), []) for _ in range(2)]
+    plan = Plan()
+    plan.take_over({"a": Route(TensorSpec.of(A), ())}, layouts[0])
+    assert not plan.routes_for(layouts[1])
+
+
+def test_a_sync_of_a_part_makes_no_plan(make_model):
+    case = CASES["qwen3_moe-fp8_block"]
+    model, vllm_config = built = make_model(case, seed=1)
+    part = [(n, t) for n, t in case.tensors(2) if ".layers.0." in n]
+    with built.worker_context():
+        initialize_layerwise_reload(model)
+        model.load_weights(iter(part))
+        finalize_layerwise_reload(model, vllm_config.model_config)
+        assert not get_layerwise_info(model).model.plan.routes
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_report_tells_which_way_tensors_went(
+    is_on, make_model, cold_load, nan_memory, monkeypatch
+):
+    monkeypatch.setenv("VLLM_RELOAD_PLAN", str(int(is_on)))
+    reports: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        transaction.logger, "info", lambda _, *counts: reports.append(counts[1:])
+    )
+    case = CASES["qwen3_moe-fp8_block"]
+    model, vllm_config = built = make_model(case, seed=1)
+    bucket = torch.empty(1 << 20, dtype=torch.uint8)
+    for seed in (2, 3):
+        with built.worker_context():
+            initialize_layerwise_reload(model)
+            for chunk in chunks(case.tensors(seed), len(bucket), bucket):
+                model.load_weights(iter(chunk))
+            finalize_layerwise_reload(model, vllm_config.model_config)
+    assert_same(snapshot(model), cold_load(case, 3))
+    taken, through_loaders = reports[-1]
+    assert taken + through_loaders == sum(1 for _ in case.tensors(3))
+    assert taken > 10 * through_loaders if is_on else taken == 0

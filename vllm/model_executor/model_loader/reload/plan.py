@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Where each tensor of a checkpoint goes, so that the next sync needs no loader.
+
+A sync that runs the loaders notes for each name which parts of the tensor were copied
+where. If that is all that was done with it, it is the name's route, and a later tensor
+of the same name, shape and type takes it. All others go through their loaders again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .ledger import Box
+from .recording import TensorSpec
+
+__all__ = ["Copy", "Plan", "Route", "View", "fingerprint"]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A view of a tensor; strides and offset count elements of its storage."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, view: torch.Tensor, owner: torch.Tensor) -> View:
+        """Describe `view` relative to the first element of `owner`."""
+        offset = int(view.storage_offset() - owner.storage_offset())
+        return cls(tuple(view.shape), view.stride(), offset)
+
+    def on(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same view of another tensor."""
+        offset = self.offset + int(tensor.storage_offset())
+        return tensor.as_strided(self.shape, self.stride, offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A part of a checkpoint's tensor, and where a layer wants it.
+
+    Attributes:
+        tensor: names of the layer and of its tensor.
+        source: part of the checkpoint's tensor; None for all of it.
+        target: part of the layer's tensor in checkpoint format.
+        boxes: the same as boxes.
+
+    """
+
+    tensor: tuple[str, str]
+    source: View | None
+    target: View
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What becomes of one name.
+
+    Attributes:
+        spec: shape and type of its tensor, which is contiguous.
+        copies: what is copied; nothing of a tensor that this rank has no use for.
+
+    """
+
+    spec: TensorSpec
+    copies: tuple[Copy, ...]
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor may take this route."""
+        return (
+            tensor.shape == self.spec.shape
+            and tensor.dtype == self.spec.dtype
+            and tensor.is_contiguous()
+        )
+
+
+@dataclass
+class Plan:
+    """The routes of a model, until it changes.
+
+    Attributes:
+        layout: what the routes were recorded for; see `fingerprint`.
+        routes: by name.
+
+    """
+
+    layout: object = None
+    routes: dict[str, Route] = field(default_factory=dict)
+
+    def routes_for(self, layout: object) -> dict[str, Route]:
+        """Return the routes, if they were recorded for this layout."""
+        return self.routes if layout == self.layout else {}
+
+    def take_over(self, routes: dict[str, Route], layout: object) -> None:
+        """Add what a complete sync recorded."""
+        if layout != self.layout:
+            self.routes.clear()
+        self.layout = layout
+        self.routes |= routes
+
+
+def fingerprint(model: torch.nn.Module, metas: Iterable[torch.Tensor]) -> object:
+    """What routes depend on besides the names: layers' tensors and expert maps.
+
+    Args:
+        model: the model.
+        metas: its tensors in checkpoint format.
+
+    Returns:
+        A value that compares equal as long as nothing changed. With expert load
+        balancing it never does: experts move between syncs.
+
+    """
+    if any(_is_balanced(layer) for layer in model.modules()):
+        return object()
+    maps = (getattr(layer, "expert_map", None) for layer in model.modules())
+    local = [m.tolist() for m in maps if isinstance(m, torch.Tensor)]
+    return [(m.shape, m.stride(), m.dtype) for m in metas], local
+
+
+def _is_balanced(layer: Any) -> bool:
+    config = getattr(layer, "moe_config", None)
+    return getattr(getattr(config, "moe_parallel_config", None), "enable_eplb", False)

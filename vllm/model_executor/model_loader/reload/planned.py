@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Staging tensors along their routes, past the model and its loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from .plan import Copy, Route
+from .staging import StagedTensor
+
+__all__ = ["PlannedCopies"]
+
+
+class PlannedCopies:
+    """Copies what has a route to where it goes.
+
+    Args:
+        routes: by checkpoint name.
+        tensors: the staged tensors of this sync.
+        on_written: called for each staged tensor that was written.
+
+    Attributes:
+        taken: how many tensors came this way.
+
+    """
+
+    def __init__(
+        self,
+        routes: dict[str, Route],
+        tensors: Iterable[StagedTensor],
+        on_written: Callable[[StagedTensor], None],
+    ):
+        self.taken = 0
+        self._routes = routes
+        self._tensors = {(tensor.layer, tensor.name): tensor for tensor in tensors}
+        self._on_written = on_written
+
+    def take(self, name: str, tensor: torch.Tensor) -> bool:
+        """Stage a tensor; false if it has to go through its loader.
+
+        Raises:
+            WeightSyncError: its layer is committed, and it holds other values.
+
+        """
+        route = self._routes.get(name)
+        if route is None or not route.fits(tensor):
+            return False
+        # A default device, say, is a mode of its own, and costs more than a copy.
+        with torch._C.DisableTorchFunction():
+            for copy in route.copies:
+                source = tensor if copy.source is None else copy.source.on(tensor)
+                self._copy(copy, source.detach())
+        self.taken += 1
+        return True
+
+    def _copy(self, copy: Copy, source: torch.Tensor) -> None:
+        staged = self._tensors[copy.tensor]
+        if staged.closed:
+            staged.check_repeated(copy.target.on(staged.meta), source)
+            return
+        copy.target.on(staged.materialize().data).copy_(source)
+        staged.note_boxes(copy.boxes)
+        self._on_written(staged)

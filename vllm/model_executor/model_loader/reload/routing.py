@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Noting the routes of tensors while their loaders run."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .ledger import boxes_of_view
+from .plan import Copy, Route, View
+from .recording import TensorSpec
+
+if TYPE_CHECKING:
+    from .staging import StagedTensor
+
+__all__ = ["RouteRecorder"]
+
+
+class RouteRecorder:
+    """Notes what loaders do with the tensor that they were given last.
+
+        recorder.begin(name, tensor)    # before a loader sees it
+        recorder.copied(...)            # each write to a staged tensor
+        recorder.seen(...)              # each other operator
+        recorder.end()                  # before the next
+
+    A tensor has a route if every operator on it made a view, or copied one to a staged
+    tensor. A loader may also have looked at it, or changed it: then it has none. Once a
+    loader has used a tensor that it was given before, nothing has a route.
+
+    Attributes:
+        count: how many tensors loaders were given.
+
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._routes: dict[str, Route] = {}
+        self._writers: dict[tuple, str] = {}
+        self._refused: set[str] = set()
+        self._are_kept = False
+        self._name = ""
+        self._tensor: torch.Tensor | None = None
+        self._copies: list[Copy] = []
+        self._derived: set[int] = set()
+
+    def begin(self, name: str, tensor: torch.Tensor) -> None:
+        """A loader is about to be given a tensor."""
+        self.count += 1
+        self._name, self._tensor = name, tensor
+        self._copies, self._derived = [], set()
+        if name in self._routes or not tensor.is_contiguous() or not tensor.numel():
+            self._refused.add(name)
+
+    def copied(self, target: StagedTensor, view: torch.Tensor, source: Any) -> None:
+        """A staged tensor was written; `view` is a view of its memory."""
+        tensor = self._tensor
+        if tensor is None or not isinstance(source, torch.Tensor):
+            self.refuse()
+        elif not self._is_current(source) or source.dtype != tensor.dtype:
+            self.refuse()
+            self._are_kept |= not self._is_mine(source)
+        else:
+            self._note(target, view, source)
+
+    def _note(
+        self, target: StagedTensor, view: torch.Tensor, source: torch.Tensor
+    ) -> None:
+        assert self._tensor is not None
+        part = View.of(source.expand(view.shape), self._tensor)
+        is_whole = part == View.of(self._tensor, self._tensor)
+        key, boxes = (
+            (target.layer, target.name),
+            tuple(boxes_of_view(view, target.meta)),
+        )
+        to = View.of(view, target.materialize())
+        self._copies.append(Copy(key, None if is_whole else part, to, boxes))
+        for box in boxes:
+            other = self._writers.setdefault((key, box), self._name)
+            if other != self._name or target.ledger.overlapping:
+                self._refused |= {other, self._name}
+
+    def seen(
+        self, func: Any, values: tuple, result: Any, staged: Container[int]
+    ) -> None:
+        """An operator ran that writes to no staged tensor.
+
+        Args:
+            func: the operator.
+            values: its arguments.
+            result: what it returned.
+            staged: storages of staged tensors.
+
+        """
+        if self._tensor is None or getattr(func, "is_view", False):
+            return
+        tensors = list(_tensors(values))
+        others = [t for t in tensors if not self._is_mine(t)]
+        is_staged = [_storage(t) in staged for t in others]
+        if any(is_staged) or len(others) < len(tensors):
+            self.refuse()
+        if len(others) < len(tensors):
+            self._derived |= {_storage(t) for t in _tensors(result)}
+            self._are_kept |= not all(is_staged)
+
+    def refuse(self) -> None:
+        """The current tensor must go through its loader."""
+        self._refused.add(self._name)
+
+    def end(self) -> None:
+        """The loader is done with its tensor."""
+        if self._tensor is not None:
+            spec = TensorSpec.of(self._tensor)
+            self._routes[self._name] = Route(spec, tuple(self._copies))
+        self._name, self._tensor = "", None
+
+    def routes(self) -> dict[str, Route]:
+        """What was recorded, by name.
+
+        Of tensors that were copied nowhere only matrices have a route: what is smaller
+        a loader may have read in ways that torch does not see.
+        """
+        if self._are_kept:
+            return {}
+        return {
+            name: route
+            for name, route in self._routes.items()
+            if name not in self._refused and (route.copies or len(route.spec.shape) > 1)
+        }
+
+    def _is_mine(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor comes from the current one alone."""
+        return self._is_current(tensor) or _storage(tensor) in self._derived
+
+    def _is_current(self, view: torch.Tensor) -> bool:
+        """Whether a tensor is a view of the current one, which may be in a bucket."""
+        tensor = self._tensor
+        if tensor is None or _storage(view) != _storage(tensor):
+            return False
+        size = view.element_size()
+        begin = view.storage_offset() * size
+        extent = sum((n - 1) * s for n, s in zip(view.shape, view.stride())) * size
+        start = tensor.storage_offset() * tensor.element_size()
+        return start <= begin and begin + extent < start + tensor.nbytes
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
