@@ -79,7 +79,7 @@ class Ledger:
 
     def __init__(self, owed: Sequence[Box], slack: int = 0):
         self._slack = slack
-        self._open: dict[int, list[Box]] = {}
+        self._open: dict[int, dict[Box, None]] = {}
         self._owed_numel = 0
         for box in owed:
             for lane, part in _lanes(box):
@@ -93,7 +93,7 @@ class Ledger:
             fresh = [
                 p for f in fresh for p in (f.minus(known) if f.meets(known) else [f])
             ]
-        self._open.setdefault(lane, []).extend(fresh)
+        self._open.setdefault(lane, {}).update(dict.fromkeys(fresh))
         self._owed_numel += sum(part.numel for part in fresh)
 
     def write(self, box: Box) -> None:
@@ -102,15 +102,13 @@ class Ledger:
             boxes = self._open.get(lane)
             if not boxes:
                 continue
-            left: list[Box] = []
-            for owed in boxes:
-                if owed.meets(part):
-                    rest = list(owed.minus(part))
-                    self._owed_numel -= owed.numel - sum(b.numel for b in rest)
-                    left += rest
-                else:
-                    left.append(owed)
-            self._open[lane] = left
+            # Owed boxes are disjoint, and mostly written one by one.
+            met = [part] if part in boxes else [b for b in boxes if b.meets(part)]
+            for owed in met:
+                del boxes[owed]
+                rest = [] if owed is part else list(owed.minus(part))
+                self._owed_numel -= owed.numel - sum(b.numel for b in rest)
+                boxes.update(dict.fromkeys(rest))
 
     def covers(self, tensor: torch.Tensor) -> bool:
         """Whether, once complete, every element of `tensor` was written."""
@@ -155,7 +153,11 @@ def _lanes(box: Box) -> Iterator[tuple[int, Box]]:
     if len(box.start) < 3:
         yield 0, box
         return
-    for lane in range(box.start[0], box.stop[0]):
+    first, stop = box.start[0], box.stop[0]
+    if stop - first == 1:
+        yield first, box
+        return
+    for lane in range(first, stop):
         yield lane, box.at(lane)
 
 

@@ -20,7 +20,7 @@ class PlannedCopies:
     Args:
         routes: by checkpoint name.
         tensors: the staged tensors of this sync.
-        on_written: called for each staged tensor that was written.
+        on_complete: called for each staged tensor of which all that is owed is there.
 
     Attributes:
         taken: how many tensors came this way.
@@ -31,12 +31,12 @@ class PlannedCopies:
         self,
         routes: dict[str, Route],
         tensors: Iterable[StagedTensor],
-        on_written: Callable[[StagedTensor], None],
+        on_complete: Callable[[StagedTensor], None],
     ):
         self.taken = 0
         self._routes = routes
         self._tensors = {(tensor.layer, tensor.name): tensor for tensor in tensors}
-        self._on_written = on_written
+        self._on_complete = on_complete
 
     def take(self, name: str, tensor: torch.Tensor) -> bool:
         """Stage a tensor; false if it has to go through its loader.
@@ -63,4 +63,5 @@ class PlannedCopies:
             return
         copy.target.on(staged.materialize().data).copy_(source)
         staged.note_boxes(copy.boxes)
-        self._on_written(staged)
+        if staged.ledger.complete:
+            self._on_complete(staged)

@@ -212,6 +212,8 @@ class ReloadTransaction:
             if refused and not isinstance(error, WeightSyncError | MemoryError):
                 raise source.explain(error) from error
             raise
+        finally:
+            self._recorder.end()
         return result
 
     def finish(self, model_config: ModelConfig | None) -> None:
@@ -459,30 +461,34 @@ class _Source:
         self._recorder = recorder
         self._planned = planned
         self._on_loaded = on_loaded
-        self._spec: TensorSpec | None = None
-        self._left: torch.Tensor | None = None
+        self._tensor: torch.Tensor | None = None
 
-    def skip_planned(self) -> None:
-        """Stage the tensors with routes, up to the first that has none."""
-        self._left = None
+    def skip_planned(self) -> bool:
+        """Stage the tensors with routes.
+
+        Returns:
+            Whether there is one without.
+
+        """
         while (sent := self._next()) is not None:
-            self.name, tensor = sent
-            self._spec = TensorSpec.of(tensor)
-            if not self._planned.take(self.name, tensor):
-                self._left = tensor
-                return
+            self.name, self._tensor = sent
+            if not self._planned.take(*sent):
+                return True
             self._on_loaded()
+        self._tensor = None
+        return False
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        while self._left is not None:
-            assert self.name is not None
-            self._recorder.begin(self.name, self._left)
-            yield self.name, self._left
+        is_left = self._tensor is not None
+        while is_left:
+            assert self.name is not None and self._tensor is not None
+            self._recorder.begin(self.name, self._tensor)
+            yield self.name, self._tensor
             self._recorder.end()
             self._on_loaded()
             # Not only paused: a mode costs more than a copy.
             with _disable_current_modes():
-                self.skip_planned()
+                is_left = self.skip_planned()
 
     def _next(self) -> tuple[str, torch.Tensor] | None:
         try:
@@ -494,6 +500,7 @@ class _Source:
     def explain(self, error: BaseException) -> WeightSyncError:
         """The error of a loader, in terms of the tensor that it was loading."""
         reason = str(error) or type(error).__name__
+        spec = self._tensor is not None and TensorSpec.of(self._tensor)
         return WeightSyncError(
-            f"weight sync cannot load {self.name} ({self._spec}): {reason}"
+            f"weight sync cannot load {self.name} ({spec or 'no tensor'}): {reason}"
         )
