@@ -13,10 +13,10 @@ export HF_HUB_OFFLINE := 1
 export VLLM_CPU_KVCACHE_SPACE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test upstream-test gpu-test gpu-bench wheel lint clean
+.PHONY: help venv demo test bench upstream-test gpu-test gpu-bench wheel lint clean
 
 help:
-	@echo "make venv [BASE=x.y.z] | demo | test | upstream-test | wheel [BASE=x.y.z] | lint | clean"
+	@echo "make venv [BASE=x.y.z] | demo | test | bench | upstream-test | wheel [BASE=x.y.z] | lint | clean"
 	@echo "with the fork installed on a machine with a GPU: make gpu-test | gpu-bench"
 
 venv:
@@ -32,6 +32,10 @@ test: default-venv
 
 upstream-test: default-venv
 	.venv/bin/python -m tests.upstream
+
+bench: default-venv
+	mkdir -p build
+	.venv/bin/python -m benchmarks.sync --out build/sync.json
 
 gpu-test:
 	$(PYTHON) -m pytest $(GPU_TESTS)
