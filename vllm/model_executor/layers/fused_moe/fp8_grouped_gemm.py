@@ -353,6 +353,7 @@ def fp8_grouped_gemm_kernel(
         bs1_ptrs = bs_base + block_n1 * stride_bsn
         bs1 = tl.load(bs1_ptrs)
         acc1 = _zeros(BLOCK_SIZE_M, SLICE, SWAP_AB)
+
     # The scales of a slice at once, to be looked at after the loop: so they come into
     # the cache early, and a check adds nothing to the loop.
     rows = tl.arange(0, SCALE_ROWS)[:, None]
@@ -423,13 +424,8 @@ def fp8_grouped_gemm_kernel(
         word = in_tensor | (zero + row) << 16
         _record_bad_scale(all_bs, place, word, device_word_ptr, host_word_ptr)
         if SLICES_N == 2:
-            _record_bad_scale(
-                all_bs1,
-                place,
-                word + (zero + row1 << 16),
-                device_word_ptr,
-                host_word_ptr,
-            )
+            word = in_tensor | (zero + row1) << 16
+            _record_bad_scale(all_bs1, place, word, device_word_ptr, host_word_ptr)
 
 
 @triton.jit
