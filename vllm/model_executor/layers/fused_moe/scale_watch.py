@@ -59,7 +59,9 @@ class ScaleWatch:
         on_host = device.type == "cpu"
         with torch.inference_mode(False):  # for `reset`, wherever that is called
             self.device_word = torch.zeros(1, dtype=torch.int64, device=device)
-            self.host_word = torch.zeros(1, dtype=torch.int64, pin_memory=not on_host)
+            self.host_word = torch.zeros(
+                1, dtype=torch.int64, device="cpu", pin_memory=not on_host
+            )
         self._slots: dict[int, int] = {}
 
     def slot(self, scale: torch.Tensor) -> int:
