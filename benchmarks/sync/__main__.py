@@ -93,7 +93,7 @@ def measure(workload: Workload, repeats: int) -> dict[str, dict[str, list[float]
 
 
 def table(times: dict[str, dict[str, list[float]]], tensors: int) -> Table:
-    """Medians, and their spread from the second to the last but one."""
+    """Medians, and the least and the most of each."""
     table = Table("", "base, s", "fork, s", "fork / base", "fork, us a tensor")
     for kind, sides in times.items():
         base, fork = (median(sides[name]) for name in ("base", "fork"))

@@ -4,7 +4,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 
 import torch
 
@@ -17,6 +16,7 @@ from vllm.model_executor.model_loader.reload.scales import (
     suspect_scales,
     weight_of_scale,
 )
+from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
 __all__ = ["check_loaded_scales"]
 
@@ -68,10 +68,8 @@ def _invalid_scales(model: torch.nn.Module) -> Iterator[Finding]:
 
 
 def _tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    own = chain(
-        layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)
-    )
-    return {name: tensor.detach() for name, tensor in own if not tensor.is_meta}
+    own = get_layer_tensors(layer)
+    return {name: tensor.detach() for name, tensor in own.items() if not tensor.is_meta}
 
 
 def _first_of(

@@ -8,13 +8,13 @@ G - experts of the whole model
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 
 from vllm.model_executor.layers.fused_moe.scale_watch import BadScale
 from vllm.model_executor.model_loader.reload.errors import Finding
 from vllm.model_executor.model_loader.reload.scales import describe_blocks
+from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
 __all__ = ["ServedScale", "find_scale"]
 
@@ -61,11 +61,7 @@ def find_scale(models: Sequence[torch.nn.Module], bad: BadScale) -> ServedScale 
     """The tensor that a kernel read; None if it is none that a model shows."""
     for model in models:
         for layer, module in model.named_modules():
-            own = chain(
-                module.named_parameters(recurse=False),
-                module.named_buffers(recurse=False),
-            )
-            for name, tensor in own:
+            for name, tensor in get_layer_tensors(module).items():
                 if tensor.data_ptr() == bad.address:
                     return ServedScale(model, layer, module, name, tensor)
     return None

@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Where kernels record the first bad weight scale that they meet.
 
-A kernel that has loaded a scale anyway tests it, and if it is bad claims a word in
-device memory; the first one to do so also stores the word in host memory that the GPU
-can write. The host reads that like any other memory: no copy, no synchronisation, and
-nothing that a CUDA graph could not replay.
+A kernel tests the scales of the tile that it computes, and for a bad one claims a word
+in device memory; the first one to do so also stores the word in host memory that the
+GPU can write. The host reads that like any other memory: no copy, no synchronisation,
+and nothing that a CUDA graph could not replay.
 
     word = slot << 46 | expert << 34 | block_n << 16 | block_k
 

@@ -4,8 +4,8 @@
 
 A tuned configuration has the entries of the base's kernel, and may have more for ours:
 
-    SLICES_N - 2: a tile is two neighbours in N with an accumulator each, so that one is
-               scaled while the matrix units compute the other
+    SLICES_N - 2: a tile is two slices of N with an accumulator each; what the matrix
+               units return takes half the registers
     TMA_B    - true: weights come through the tensor memory accelerator
     maxnreg  - registers that a thread may use
     SECOND   - entries that replace these in the second product of a layer, the one with

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .ledger import boxes_of_view
+from .ledger import Box
 from .plan import Copy, Route, View
 from .recording import TensorSpec
 
@@ -55,8 +55,14 @@ class RouteRecorder:
         if name in self._routes or not tensor.is_contiguous() or not tensor.numel():
             self._refused.add(name)
 
-    def copied(self, target: StagedTensor, view: torch.Tensor, source: Any) -> None:
-        """A staged tensor was written; `view` is a view of its memory."""
+    def copied(
+        self,
+        target: StagedTensor,
+        view: torch.Tensor,
+        source: Any,
+        boxes: tuple[Box, ...],
+    ) -> None:
+        """A staged tensor was written: these boxes, by this view of its memory."""
         tensor = self._tensor
         if tensor is None or not isinstance(source, torch.Tensor):
             self.refuse()
@@ -64,18 +70,19 @@ class RouteRecorder:
             self.refuse()
             self._are_kept |= not self._is_mine(source)
         else:
-            self._note(target, view, source)
+            self._note(target, view, source, boxes)
 
     def _note(
-        self, target: StagedTensor, view: torch.Tensor, source: torch.Tensor
+        self,
+        target: StagedTensor,
+        view: torch.Tensor,
+        source: torch.Tensor,
+        boxes: tuple[Box, ...],
     ) -> None:
         assert self._tensor is not None
         part = View.of(source.expand(view.shape), self._tensor)
         is_whole = part == View.of(self._tensor, self._tensor)
-        key, boxes = (
-            (target.layer, target.name),
-            tuple(boxes_of_view(view, target.meta)),
-        )
+        key = target.layer, target.name
         to = View.of(view, target.materialize())
         self._copies.append(Copy(key, None if is_whole else part, to, boxes))
         for box in boxes:

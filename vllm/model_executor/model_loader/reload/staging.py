@@ -86,10 +86,6 @@ class StagedTensor:
         data = memory.data.clone() if self.tied else memory.data
         return meta_tensors.like(data, memory)
 
-    def note_write(self, view: torch.Tensor) -> None:
-        """Note that `view`, a view of the memory, was filled with loaded values."""
-        self.note_boxes(boxes_of_view(view, self.meta))
-
     def note_boxes(self, boxes: Iterable[Box]) -> None:
         """Note that these were filled with loaded values."""
         for box in boxes:
@@ -398,8 +394,9 @@ class StagingMode(TorchDispatchMode):
             tensor.check_repeated(view, source)
             return view
         result = func(*args, **kwargs)
+        boxes = tuple(boxes_of_view(view, tensor.meta))
         if self._recorder is not None:
-            self._recorder.copied(tensor, view, source)
-        tensor.note_write(view)
+            self._recorder.copied(tensor, view, source, boxes)
+        tensor.note_boxes(boxes)
         self.touch(tensor)
         return result
