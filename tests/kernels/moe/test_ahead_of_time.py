@@ -100,7 +100,7 @@ _GEMM = Kernel(
         BLOCK_SIZE_N=128,
         BLOCK_SIZE_K=128,
         SLICES_N=1,
-        SCALE_ROWS=1,
+        CHECKED_BLOCKS=16,
         SCALE_COLUMNS=16,
     ),
     options=dict(num_warps=4, num_stages=3),
@@ -137,7 +137,7 @@ KERNELS = {
     ),
     "gemm, channels": replace(
         _GEMM,
-        constexprs={**_GEMM.constexprs, "GROUP_N": 1, "GROUP_K": 0, "SCALE_ROWS": 128},
+        constexprs={**_GEMM.constexprs, "GROUP_N": 1, "GROUP_K": 0},
     ),
     "scan": Kernel(
         path="scale_scan:_scan_kernel",

@@ -10,7 +10,8 @@
     n, k - blocks of N and of K that share a scale
 
 Each program computes one tile of the output: `BLOCK_M` token slots that were sorted to
-the same expert, and `BLOCK_N` of its output features.
+the same expert, and `BLOCK_N` of its output features. A few more look at the scales of
+the experts that have tokens.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from vllm.model_executor.layers.fused_moe.tile import Tile
 
 __all__ = ["Routing", "fp8_grouped_gemm", "fp8_grouped_gemm_kernel"]
 
+# Few programs for many blocks, and few enough blocks for the registers of one.
+_CHECKED_BLOCKS = 16
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
@@ -98,7 +101,8 @@ def fp8_grouped_gemm(
     num_slots = c.shape[0] * c.shape[1]
     blocks_m = _blocks_in_m(num_slots, routing, tile)
     blocks_n = triton.cdiv(n, tile.block_n)
-    fp8_grouped_gemm_kernel[blocks_m * blocks_n,](
+    checkers = triton.cdiv(blocks_m, _CHECKED_BLOCKS) if watch else 0
+    fp8_grouped_gemm_kernel[checkers + blocks_m * blocks_n,](
         a,
         b,
         _descriptor(b, tile, block_k),
@@ -138,7 +142,7 @@ def fp8_grouped_gemm(
         BLOCK_SIZE_N=tile.block_n,
         BLOCK_SIZE_K=block_k,
         SLICES_N=tile.slices_n,
-        SCALE_ROWS=_scale_rows(tile.block_n // tile.slices_n, group_n),
+        CHECKED_BLOCKS=_CHECKED_BLOCKS,
         SCALE_COLUMNS=triton.next_power_of_2(triton.cdiv(k, group_k or k)),
         **tile.options,
     )
@@ -151,14 +155,6 @@ def _blocks_in_m(num_slots: int, routing: Routing, tile: Tile) -> int:
     # A block that is in use holds a slot, so few slots fill few blocks.
     most = num_slots * (routing.block_m // tile.block_m)
     return min(triton.cdiv(routing.slots.numel(), tile.block_m), most)
-
-
-def _scale_rows(slice_n: int, group_n: int) -> int:
-    """Return the power of two that holds the blocks of N that a slice touches."""
-    if group_n % slice_n == 0:
-        return 1
-    aligned, rest = divmod(slice_n, group_n)
-    return triton.next_power_of_2(aligned + 2 if rest else aligned)
 
 
 def _descriptor(b: torch.Tensor, tile: Tile, block_k: int) -> TensorDescriptor | None:
@@ -280,10 +276,10 @@ def fp8_grouped_gemm_kernel(
     BLOCK_SIZE_N: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
     SLICES_N: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
+    CHECKED_BLOCKS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
 ):
-    """Compute one tile of C; the launcher above says what the tensors are.
+    """Compute one tile of C, or check scales; the launcher says what the tensors are.
 
     Args:
         b_desc: b as [E * N, K] for the tensor memory accelerator, or None.
@@ -291,7 +287,7 @@ def fp8_grouped_gemm_kernel(
         GROUP_K: k, a multiple of BLOCK_SIZE_K; 0 without blocks.
         SWAP_AB: multiply weights by tokens: the matrix units take no fewer than 64
             rows on the left, and any small number of columns on the right.
-        SCALE_ROWS: a power of two, at least the blocks of N that a slice touches.
+        CHECKED_BLOCKS: blocks of slots whose scales one program checks.
         SCALE_COLUMNS: a power of two, at least the blocks of K.
 
     Example, of 3 tokens for 2 experts with T = 1 and BLOCK_SIZE_M = 2:
@@ -301,6 +297,32 @@ def fp8_grouped_gemm_kernel(
 
     """
     pid = tl.program_id(0)
+    if device_word_ptr is not None:
+        # By programs of their own: one that multiplies has no registers left for it.
+        # First in the grid, they wait for memory while the others compute.
+        num_checkers = tl.cdiv(num_blocks_m, CHECKED_BLOCKS)
+        if pid < num_checkers:
+            _check_scales(
+                pid * CHECKED_BLOCKS,
+                b_scale_ptr,
+                experts_ptr,
+                tl.load(padded_ptr),
+                routed_block_m,
+                tl.cdiv(N, GROUP_N) if GROUP_N > 0 else 1,
+                tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1,
+                stride_bse,
+                stride_bsn,
+                stride_bsk,
+                slot,
+                device_word_ptr,
+                host_word_ptr,
+                CHECKED_BLOCKS,
+                BLOCK_SIZE_M,
+                max(256 // SCALE_COLUMNS, 1),
+                SCALE_COLUMNS,
+            )
+            return
+        pid -= num_checkers
     SLICE: tl.constexpr = BLOCK_SIZE_N // SLICES_N
     IS_GATED: tl.constexpr = c_scale_ptr is not None
     num_blocks_n = tl.cdiv(N, BLOCK_SIZE_N)
@@ -354,22 +376,6 @@ def fp8_grouped_gemm_kernel(
         bs1 = tl.load(bs1_ptrs)
         acc1 = _zeros(BLOCK_SIZE_M, SLICE, SWAP_AB)
 
-    # The scales of a slice at once, to be looked at after the loop: so they come into
-    # the cache early, and a check adds nothing to the loop.
-    rows = tl.arange(0, SCALE_ROWS)[:, None]
-    columns = tl.arange(0, SCALE_COLUMNS)[None, :]
-    if device_word_ptr is not None:
-        blocks_n = tl.cdiv(N, GROUP_N) if GROUP_N > 0 else 1
-        is_block = columns < (tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1)
-        all_ptrs = bs_base + rows * stride_bsn + columns * stride_bsk
-        row = first_n // GROUP_N if GROUP_N > 0 else 0
-        ptrs = all_ptrs + row * stride_bsn
-        all_bs = tl.load(ptrs, mask=(row + rows < blocks_n) & is_block, other=0.0)
-        if SLICES_N == 2:
-            row1 = (first_n + to_slice1) // GROUP_N if GROUP_N > 0 else 0
-            ptrs = all_ptrs + row1 * stride_bsn
-            all_bs1 = tl.load(ptrs, mask=(row1 + rows < blocks_n) & is_block, other=0.0)
-
     for k in range(0, K, BLOCK_SIZE_K):
         in_k = (offs_k < K - k)[None, :]
         a = tl.load(a_ptrs + k, mask=is_token[:, None] & in_k, other=0.0)
@@ -417,32 +423,56 @@ def fp8_grouped_gemm_kernel(
         if SLICES_N == 2:
             out1 = _finish(acc1, bias_ptr, weights, offs_n1, N, SWAP_AB)
             _store(out1, c_rows, is_token, offs_n1, N)
-    if device_word_ptr is not None:
-        zero = tl.zeros((), dtype=tl.int64)
-        in_tensor = (zero + slot) << 46 | expert << 34
-        place = (rows << 16) + columns
-        word = in_tensor | (zero + row) << 16
-        _record_bad_scale(all_bs, place, word, device_word_ptr, host_word_ptr)
-        if SLICES_N == 2:
-            word = in_tensor | (zero + row1) << 16
-            _record_bad_scale(all_bs1, place, word, device_word_ptr, host_word_ptr)
 
 
 @triton.jit
-def _record_bad_scale(scales, place, word, device_word_ptr, host_word_ptr):
-    """Record the first bad scale, if any, as the word and its place.
+def _check_scales(
+    first_block,
+    scale_ptr,
+    experts_ptr,
+    num_used_slots,
+    routed_block_m,
+    num_rows,
+    num_columns,
+    stride_expert,
+    stride_row,
+    stride_column,
+    slot,
+    device_word_ptr,
+    host_word_ptr,
+    BLOCKS: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Record a bad scale of the experts whose first blocks of slots are among these.
 
     NaN, infinite and negative floats are those of the largest bit patterns. -0.0 is
     zero, and not bad.
     """
-    NOWHERE: tl.constexpr = 0x7FFFFFFF
-    bits = scales.to(tl.uint32, bitcast=True)
-    is_bad = (bits >= 0x7F800000) & (bits != 0x80000000)
-    first = tl.min(tl.min(tl.where(is_bad, place, NOWHERE), 1), 0)
-    if first != NOWHERE:
-        unclaimed = tl.zeros((), dtype=tl.int64)
-        if tl.atomic_cas(device_word_ptr, unclaimed, word + first) == 0:
-            tl.store(host_word_ptr, word + first)
+    starts = (first_block + tl.arange(0, BLOCKS)) * BLOCK_SIZE_M
+    is_used = starts < num_used_slots
+    expert = tl.load(experts_ptr + starts // routed_block_m, is_used, other=-1)
+    earlier_ptrs = experts_ptr + (starts - BLOCK_SIZE_M) // routed_block_m
+    earlier = tl.load(earlier_ptrs, is_used & (starts > 0), other=-1)
+    is_first = ((expert != -1) & (expert != earlier))[:, None]
+    experts = expert.to(tl.int64)[:, None]
+    places = tl.arange(0, ROWS * COLUMNS)[None, :]
+    columns = places % COLUMNS
+    for first_row in range(0, num_rows, ROWS):
+        rows = first_row + places // COLUMNS
+        is_scale = is_first & (rows < num_rows) & (columns < num_columns)
+        ptrs = scale_ptr + experts * stride_expert
+        ptrs += rows * stride_row + columns * stride_column
+        bits = tl.load(ptrs, is_scale, other=0.0).to(tl.uint32, bitcast=True)
+        is_bad = (bits >= 0x7F800000) & (bits != 0x80000000)
+        if tl.max(tl.max(is_bad.to(tl.int32), 1), 0) > 0:
+            words = experts << 34 | rows.to(tl.int64) << 16 | columns
+            first = tl.min(tl.min(tl.where(is_bad, words, 1 << 46), 1), 0)
+            word = first | (tl.zeros((), dtype=tl.int64) + slot) << 46
+            unclaimed = tl.zeros((), dtype=tl.int64)
+            if tl.atomic_cas(device_word_ptr, unclaimed, word) == 0:
+                tl.store(host_word_ptr, word)
 
 
 @triton.jit
