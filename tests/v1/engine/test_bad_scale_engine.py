@@ -53,13 +53,13 @@ def plant(worker, tensor: str) -> None:
         for name, parameter in worker.get_model().named_parameters()
         if "layers.1." in name and name.endswith(tensor)
     )
-    block_n = scale.shape[1] - 1
-    scale.data[:, block_n, 1] = math.nan
+    block_n, block_k = scale.shape[1] - 1, scale.shape[2] - 1
+    scale.data[:, block_n, block_k] = math.nan
     if scale.is_cuda:
         return
     watch = scale_watch(worker.device)
     slot = watch.slot(scale) << SLOT_SHIFT
-    word = slot | 2 << EXPERT_SHIFT | block_n << BLOCK_N_SHIFT | 1
+    word = slot | 2 << EXPERT_SHIFT | block_n << BLOCK_N_SHIFT | block_k
     watch.device_word.fill_(word)
     watch.host_word.fill_(word)
 

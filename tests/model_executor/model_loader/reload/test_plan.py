@@ -199,15 +199,17 @@ def test_experts_that_are_balanced_have_no_plan():
     assert not plan.routes_for(layouts[1])
 
 
-def test_a_sync_of_a_part_makes_no_plan(make_model):
+def test_a_sync_of_a_part_adds_nothing_to_the_plan(make_model):
     case = CASES["qwen3_moe-fp8_block"]
     model, vllm_config = built = make_model(case, seed=1)
     part = [(n, t) for n, t in case.tensors(2) if ".layers.0." in n]
     with built.worker_context():
         initialize_layerwise_reload(model)
+        plan = get_layerwise_info(model).model.plan
+        routes_before = dict(plan.routes)
         model.load_weights(iter(part))
         finalize_layerwise_reload(model, vllm_config.model_config)
-        assert not get_layerwise_info(model).model.plan.routes
+        assert plan.routes == routes_before
 
 
 @pytest.mark.parametrize("is_on", [True, False])
@@ -229,6 +231,7 @@ def test_the_report_tells_which_way_tensors_went(
                 model.load_weights(iter(chunk))
             finalize_layerwise_reload(model, vllm_config.model_config)
     assert_same(snapshot(model), cold_load(case, 3))
-    taken, through_loaders = reports[-1]
-    assert taken + through_loaders == sum(1 for _ in case.tensors(3))
-    assert taken > 10 * through_loaders if is_on else taken == 0
+    assert len(reports) == 2  # the first sync goes the way of the cold load
+    for taken, through_loaders in reports:
+        assert taken + through_loaders == sum(1 for _ in case.tensors(3))
+        assert taken > 3 * through_loaders if is_on else taken == 0

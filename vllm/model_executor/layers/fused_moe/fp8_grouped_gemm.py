@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm.model_executor.layers.fused_moe.scale_watch import ScaleWatch
+from vllm.model_executor.layers.fused_moe.scale_watch import ScaleWatch, scale_watch
 from vllm.model_executor.layers.fused_moe.tile import Tile
 
 __all__ = ["Routing", "fp8_grouped_gemm", "fp8_grouped_gemm_kernel"]
@@ -102,7 +102,8 @@ def fp8_grouped_gemm(
     blocks_m = _blocks_in_m(num_slots, routing, tile)
     blocks_n = triton.cdiv(n, tile.block_n)
     checkers = triton.cdiv(blocks_m, _CHECKED_BLOCKS) if watch else 0
-    fp8_grouped_gemm_kernel[checkers + blocks_m * blocks_n,](
+    words = watch or scale_watch(b.device)  # one binary, whether there are checkers
+    fp8_grouped_gemm_kernel[blocks_m * blocks_n + checkers,](
         a,
         b,
         _descriptor(b, tile, block_k),
@@ -115,8 +116,8 @@ def fp8_grouped_gemm(
         routing.slots,
         routing.experts,
         routing.padded,
-        watch and watch.device_word,
-        watch and watch.host_word,
+        words.device_word,
+        words.host_word,
         watch.slot(b_scale) if watch else 0,
         n,
         k,
@@ -297,35 +298,33 @@ def fp8_grouped_gemm_kernel(
 
     """
     pid = tl.program_id(0)
-    if device_word_ptr is not None:
-        # By programs of their own: one that multiplies has no registers left for it.
-        # First in the grid, they wait for memory while the others compute.
-        num_checkers = tl.cdiv(num_blocks_m, CHECKED_BLOCKS)
-        if pid < num_checkers:
-            _check_scales(
-                pid * CHECKED_BLOCKS,
-                b_scale_ptr,
-                experts_ptr,
-                tl.load(padded_ptr),
-                routed_block_m,
-                tl.cdiv(N, GROUP_N) if GROUP_N > 0 else 1,
-                tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1,
-                stride_bse,
-                stride_bsn,
-                stride_bsk,
-                slot,
-                device_word_ptr,
-                host_word_ptr,
-                CHECKED_BLOCKS,
-                BLOCK_SIZE_M,
-                max(256 // SCALE_COLUMNS, 1),
-                SCALE_COLUMNS,
-            )
-            return
-        pid -= num_checkers
+    num_blocks_n = tl.cdiv(N, BLOCK_SIZE_N)
+    num_tiles = num_blocks_m * num_blocks_n
+    # By programs of their own: one that multiplies has no registers left. Last in
+    # the grid, they run where there is nothing left to multiply.
+    if pid >= num_tiles:
+        _check_scales(
+            (pid - num_tiles) * CHECKED_BLOCKS,
+            b_scale_ptr,
+            experts_ptr,
+            tl.load(padded_ptr),
+            routed_block_m,
+            tl.cdiv(N, GROUP_N) if GROUP_N > 0 else 1,
+            tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1,
+            stride_bse,
+            stride_bsn,
+            stride_bsk,
+            slot,
+            device_word_ptr,
+            host_word_ptr,
+            CHECKED_BLOCKS,
+            BLOCK_SIZE_M,
+            max(256 // SCALE_COLUMNS, 1),
+            SCALE_COLUMNS,
+        )
+        return
     SLICE: tl.constexpr = BLOCK_SIZE_N // SLICES_N
     IS_GATED: tl.constexpr = c_scale_ptr is not None
-    num_blocks_n = tl.cdiv(N, BLOCK_SIZE_N)
     # Blocks of one expert follow each other, and share its weights in the L2 cache.
     first_m = pid // (group_size_m * num_blocks_n) * group_size_m
     group_m = min(num_blocks_m - first_m, group_size_m)

@@ -3,6 +3,7 @@
 """Watching a model's first load, from its creation to the processing of its weights."""
 
 from collections.abc import Callable
+from functools import update_wrapper
 from typing import Any
 from weakref import ref
 
@@ -18,7 +19,7 @@ from .meta import (
     storage_address,
 )
 from .pristine import PristineLayer
-from .recording import FirstLoad, RecordingLoader
+from .recording import FirstLoad, RecordingLoader, WatchedWeights
 from .registry import get_layerwise_info
 from .scales import is_activation_quantity
 from .staging import StagedLoader
@@ -53,15 +54,43 @@ def set_loader(tensor: Any, loader: Callable) -> None:
 def start_recording(model: torch.nn.Module) -> None:
     """Note how the model was created, and from now on how its loaders are called."""
     metas: dict[int, torch.Tensor] = {}
+    weights = WatchedWeights()
     for layer in model.modules():
         info = get_layerwise_info(layer)
         _capture(layer, info, metas)
         for name, param in layer._parameters.items():
             if param is not None:
                 first_load = info.first_load.setdefault(name, FirstLoad())
-                _record(name, param, first_load, info.created)
+                _record(name, param, first_load, info.created, weights)
     for layer in model.modules():
         _note_aliases(layer)
+    _watch(model, weights)
+
+
+def _watch(model: torch.nn.Module, weights: WatchedWeights) -> None:
+    """Note which tensor `model.load_weights` is at, until the first load is over."""
+    for layer in model.modules():
+        _unwatch(layer)  # a model inside a model is given shorter names
+    load_weights: Any = getattr(model, "load_weights", None)
+    if load_weights is not None:
+        vars(model)["load_weights"] = _WatchedLoad(load_weights, weights)
+
+
+class _WatchedLoad:
+    """A model's `load_weights`, which notes what it is at."""
+
+    def __init__(self, original: Callable, watched: WatchedWeights):
+        update_wrapper(self, original)
+        self._original = original
+        self._watched = watched
+
+    def __call__(self, weights, *args, **kwargs):
+        return self._original(self._watched.watch(weights), *args, **kwargs)
+
+
+def _unwatch(layer: torch.nn.Module) -> None:
+    if isinstance(vars(layer).get("load_weights"), _WatchedLoad):
+        del vars(layer)["load_weights"]
 
 
 def _capture(
@@ -108,13 +137,16 @@ def _record(
     param: torch.Tensor,
     first_load: FirstLoad,
     created: dict[str, torch.Tensor],
+    weights: WatchedWeights,
 ) -> None:
     loader = getattr(param, "weight_loader", default_weight_loader)
     if loader is default_weight_loader:
         # It fills the parameter, if it comes: of a small one the value will tell.
         first_load.bypassed = name not in created
-    elif not isinstance(loader, RecordingLoader):
-        set_loader(param, RecordingLoader(loader, first_load, param._version))
+    elif isinstance(loader, RecordingLoader):
+        loader.weights = weights
+    else:
+        set_loader(param, RecordingLoader(loader, first_load, param._version, weights))
 
 
 def finish_recording(model: torch.nn.Module) -> bool:
@@ -126,6 +158,7 @@ def finish_recording(model: torch.nn.Module) -> bool:
     """
     loaded = False
     for layer in model.modules():
+        _unwatch(layer)
         info = get_layerwise_info(layer)
         if not info.recording:
             continue
@@ -138,7 +171,7 @@ def finish_recording(model: torch.nn.Module) -> bool:
                 set_loader(tensor, loader.original)
             elif not first_load.seen and name in info.created:
                 first_load.bypassed = not _same(tensor, info.created[name])
-            loaded |= bool(first_load.calls)
+            loaded |= first_load.called
     return loaded
 
 

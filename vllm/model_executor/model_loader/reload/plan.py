@@ -17,28 +17,9 @@ import torch
 
 from .ledger import Box
 from .recording import TensorSpec
+from .view import View
 
-__all__ = ["Copy", "Plan", "Route", "View", "fingerprint"]
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """A view of a tensor; strides and offset count elements of its storage."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    @classmethod
-    def of(cls, view: torch.Tensor, owner: torch.Tensor) -> View:
-        """Describe `view` relative to the first element of `owner`."""
-        offset = int(view.storage_offset() - owner.storage_offset())
-        return cls(tuple(view.shape), view.stride(), offset)
-
-    def on(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same view of another tensor."""
-        offset = self.offset + int(tensor.storage_offset())
-        return tensor.as_strided(self.shape, self.stride, offset)
+__all__ = ["Copy", "Plan", "Route", "fingerprint"]
 
 
 @dataclass(frozen=True, slots=True)

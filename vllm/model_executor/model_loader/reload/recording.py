@@ -3,22 +3,34 @@
 """What the first load wrote, which is what every later sync owes.
 
 A checkpoint seldom fills a parameter by name alone: loaders shard, pad, and skip the
-experts of other ranks. So the first load notes how each loader was called, which costs
-less than a microsecond, and the regions are derived from those calls when a sync first
-asks for them, by calling the loaders again on the meta device.
+experts of other ranks. So the first load notes how each loader was called and with
+which of the checkpoint's tensors, which costs a microsecond, and what was copied where
+is derived from those calls when a sync first asks for it, by calling the loaders again
+on the meta device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import update_wrapper
+from math import prod
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .ledger import Box, boxes_of_view
+from .view import View
 
-__all__ = ["FirstLoad", "LoaderCall", "RecordingLoader", "TensorSpec", "wrote"]
+__all__ = [
+    "FirstLoad",
+    "LoaderCall",
+    "RecordingLoader",
+    "Sent",
+    "TensorSpec",
+    "WatchedWeights",
+    "Write",
+    "wrote",
+]
 
 _PARAM, _WEIGHT = "<param>", "<weight>"
 
@@ -54,30 +66,8 @@ class LoaderCall:
         cls, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple["LoaderCall", torch.Tensor | None]:
         """The call without its tensors, and the weight that it was to load."""
-        rest = (*args[2:], *kwargs.values())
-        usual = len(args) > 1 and all(map(_is_tensor, args[:2]))
-        if usual and not any(map(_is_tensor, rest)):  # in a few microseconds
-            call = cls((_PARAM, _WEIGHT, *args[2:]), tuple(kwargs.items()))
-            return call, args[1]
-        return cls._split_rare(args, kwargs)
-
-    @classmethod
-    def _split_rare(
-        cls, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple["LoaderCall", torch.Tensor | None]:
-        tensors: list[torch.Tensor] = []
-
-        def leave_out(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            tensors.append(value)
-            return _PARAM if len(tensors) == 1 else _WEIGHT
-
-        call = cls(
-            tuple(leave_out(value) for value in args),
-            tuple((name, leave_out(value)) for name, value in kwargs.items()),
-        )
-        return call, tensors[1] if len(tensors) > 1 else None
+        args, named, weight = _without_tensors(args, kwargs)
+        return cls(args, named), weight
 
     def replay(
         self, loader: Callable, param: torch.Tensor, weight: torch.Tensor
@@ -94,8 +84,102 @@ class LoaderCall:
         )
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
+def _without_tensors(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...], torch.Tensor | None]:
+    """Positional and named arguments of a loader, and the weight that it was to load.
+
+    This is run for each tensor of a cold load, and so has no helpers.
+    """
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    tensors += [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
+    if len(tensors) < 2:
+        return args, tuple(kwargs.items()), None
+    param = tensors[0]
+    plain = tuple(
+        [  # a list is made in less time than a generator runs
+            (_PARAM if value is param else _WEIGHT)
+            if isinstance(value, torch.Tensor)
+            else value
+            for value in args
+        ]
+    )
+    named = tuple(
+        [
+            (name, _PARAM if value is param else _WEIGHT)
+            if isinstance(value, torch.Tensor)
+            else (name, value)
+            for name, value in kwargs.items()
+        ]
+    )
+    return plain, named, tensors[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A checkpoint's tensor, which need not exist any more.
+
+    Attributes:
+        name: its name in the checkpoint.
+        spec: its shape and type.
+        address: where it began; -1 if it was not contiguous.
+
+    """
+
+    name: str
+    spec: TensorSpec
+    address: int
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> "Sent":
+        address = tensor.data_ptr() if tensor.is_contiguous() else -1
+        return cls(name, TensorSpec.of(tensor), address)
+
+    def view_at(self, address: int, spec: TensorSpec, stride: tuple) -> View | None:
+        """The view of this tensor that began at an address; None if it was none."""
+        offset, rest = divmod(address - self.address, spec.dtype.itemsize)
+        last = offset + sum((n - 1) * s for n, s in zip(spec.shape, stride))
+        inside = 0 <= offset <= last < prod(self.spec.shape)
+        if self.address < 0 or rest or not inside or spec.dtype != self.spec.dtype:
+            return None
+        return View(spec.shape, stride, offset)
+
+
+class WatchedWeights:
+    """Which of a checkpoint's tensors is being loaded.
+
+    Attributes:
+        current: the one that the model was given last.
+
+    """
+
+    def __init__(self) -> None:
+        self.current: Sent | None = None
+
+    def watch(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pass weights on, and note each."""
+        for name, tensor in weights:
+            self.current = Sent.of(name, tensor)
+            yield name, tensor
+            self.current = None
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """What one copy into a parameter was.
+
+    Attributes:
+        source: part of the checkpoint's tensor; None for all of it.
+        target: part of the parameter.
+        boxes: the same as boxes.
+
+    """
+
+    source: View | None
+    target: View
+    boxes: tuple[Box, ...]
 
 
 @dataclass
@@ -103,29 +187,83 @@ class FirstLoad:
     """How the loader of one parameter was called by the first load.
 
     Attributes:
-        calls: what each distinct call was given to load.
-        ambiguous: whether calls that look alike were given different shapes.
         bypassed: whether the parameter was written past its loader.
         boxes_written: the regions, once derived or learnt from a complete sync.
+        sources: each tensor that was loaded, by which call and which view of it; no
+            view if it was changed on the way.
+        writes: what each call copies, where that is all that it does; see `boxes`.
 
     """
 
-    calls: dict[LoaderCall, TensorSpec] = field(default_factory=dict)
-    ambiguous: bool = False
     bypassed: bool = False
     boxes_written: list[Box] | None = None
+    sources: list[tuple[Sent | None, LoaderCall, View | None]] = field(
+        default_factory=list
+    )
+    writes: dict[LoaderCall, list[Write]] = field(default_factory=dict)
+    _calls: dict[LoaderCall, TensorSpec] = field(default_factory=dict)
+    _ambiguous: bool = False
+    _noted: list[tuple] = field(default_factory=list)
+
+    @property
+    def calls(self) -> dict[LoaderCall, TensorSpec]:
+        """What each distinct call was given to load."""
+        self._look_at_noted()
+        return self._calls
+
+    @property
+    def ambiguous(self) -> bool:
+        """Whether calls that look alike were given different shapes."""
+        self._look_at_noted()
+        return self._ambiguous
+
+    def _look_at_noted(self) -> None:
+        noted, self._noted = self._noted, []
+        for fields, sent, address, (shape, dtype), stride in noted:
+            call, spec = LoaderCall(*fields), TensorSpec(tuple(shape), dtype)
+            self._note(call, spec)
+            view = sent and sent.view_at(address, spec, stride)
+            self.sources.append((sent, call, view))
+
+    @property
+    def called(self) -> bool:
+        """Whether the loader was called."""
+        return bool(self._noted or self._calls)
 
     @property
     def seen(self) -> bool:
         """Whether anything was loaded."""
-        return bool(self.calls) or self.ambiguous or self.bypassed
+        return self.called or self.ambiguous or self.bypassed
 
     def note(self, call: LoaderCall, weight: torch.Tensor) -> None:
-        spec = TensorSpec.of(weight)
+        """Note a call and what it was given."""
+        self._note(call, TensorSpec.of(weight))
+
+    def note_quickly(
+        self, call: list[tuple], weight: torch.Tensor, sent: Sent | None
+    ) -> None:
+        """Note a call by a checkpoint's tensor, to be looked at when somebody asks.
+
+        Args:
+            call: the fields of a `LoaderCall`.
+            weight: what it was given.
+            sent: what that came from.
+
+        """
+        spec = weight.shape, weight.dtype
+        address, stride = weight.data_ptr(), weight.stride()
+        self._noted.append((call, sent, address, spec, stride))
+
+    def _note(self, call: LoaderCall, spec: TensorSpec) -> None:
         try:
-            self.ambiguous |= self.calls.setdefault(call, spec) != spec
+            self._ambiguous |= self._calls.setdefault(call, spec) != spec
         except TypeError:  # an argument that cannot be told from others by its hash
-            self.ambiguous = True
+            self._ambiguous = True
+
+    def take_over(self, later: "FirstLoad") -> None:
+        """Add the calls of a later load."""
+        self._calls.update(later.calls)
+        self._ambiguous |= later.ambiguous
 
     def expected(self, call: LoaderCall) -> TensorSpec | None:
         """What this call was given by the first load, if it was made then."""
@@ -134,34 +272,52 @@ class FirstLoad:
     def boxes(self, loader: Callable, param: torch.Tensor) -> list[Box] | None:
         """Regions of `param` (on meta) that the calls write, or None if unknown.
 
-        Unknown are loaders that look at values, which a meta tensor does not have.
+        Unknown are loaders that look at values, which a meta tensor does not have. Sets
+        `writes` on the way.
         """
-        recorder = _MetaWrites(param)
         if self.ambiguous:
             return None
+        origins = {call: (s, v) for s, call, v in self.sources if s and v}
+        recorder = _MetaWrites(param)
+        writes = {}
         try:
-            with recorder:
+            # A default device, say, is a mode of its own, and costs more than the rest.
+            with torch._C.DisableTorchFunction(), recorder:
                 for call, spec in self.calls.items():
-                    weight = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                    sent, view = origins.get(call, (None, None))
+                    spec = sent.spec if sent else spec
+                    owner = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+                    recorder.begin(owner)
+                    weight = view.on(owner) if view else owner
                     call.replay(loader, param, weight)
+                    if view and recorder.writes is not None:
+                        writes[call] = recorder.writes
         except Exception:
             return None
+        self.writes = writes
         return recorder.boxes
 
 
 class RecordingLoader:
     """A weight loader that notes its calls on the way to the original."""
 
-    def __init__(self, original: Callable, first_load: FirstLoad, version: int):
+    def __init__(
+        self,
+        original: Callable,
+        first_load: FirstLoad,
+        version: int,
+        weights: WatchedWeights | None = None,
+    ):
         update_wrapper(self, original)
         self.original = original
+        self.weights = weights or WatchedWeights()
         self._first_load = first_load
         self._version = version
 
     def __call__(self, *args, **kwargs):
-        call, weight = LoaderCall.split(args, kwargs)
+        *call, weight = _without_tensors(args, kwargs)
         if weight is not None:
-            self._first_load.note(call, weight)
+            self._first_load.note_quickly(call, weight, self.weights.current)
         return self.original(*args, **kwargs)
 
     def close(self, version: int) -> None:
@@ -183,15 +339,61 @@ def wrote(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 class _MetaWrites(TorchDispatchMode):
-    """Collects the boxes of one meta tensor that are written under this mode."""
+    """Collects what loaders copy to a meta tensor under this mode.
+
+    Attributes:
+        boxes: regions that were written.
+        writes: what was copied there since `begin`; None if more was done than copied.
+
+    """
 
     def __init__(self, param: torch.Tensor):
         super().__init__()
         self.boxes: list[Box] = []
+        self.writes: list[Write] | None = []
         self._param = param
         self._storage = param.untyped_storage()._cdata
+        self._owner = param
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled under this mode; to be sure of that takes longer."""
+        return False
+
+    def begin(self, owner: torch.Tensor) -> None:
+        """A loader is about to be given a view of a tensor."""
+        self.writes = []
+        self._owner = owner
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.is_view:
+            return func(*args, **kwargs) if kwargs else func(*args)
         if wrote(func, args) and args[0].untyped_storage()._cdata == self._storage:
-            self.boxes += boxes_of_view(args[0], self._param)
+            self._note(args[0], args[1])
+            return args[0]
+        if self._concerns(args):
+            self.writes = None
         return func(*args, **(kwargs or {}))
+
+    def _note(self, view: torch.Tensor, source: Any) -> None:
+        boxes = tuple(boxes_of_view(view, self._param))
+        self.boxes += boxes
+        if not self._is_sent(source) or source.dtype != self._owner.dtype:
+            self.writes = None
+        elif self.writes is not None:
+            part = View.of(source.expand(view.shape), self._owner)
+            is_whole = part == View.of(self._owner, self._owner)
+            to = View.of(view, self._param)
+            self.writes.append(Write(None if is_whole else part, to, boxes))
+
+    def _is_sent(self, value: Any) -> bool:
+        storage = self._owner.untyped_storage()._cdata
+        is_tensor = isinstance(value, torch.Tensor)
+        return is_tensor and value.untyped_storage()._cdata == storage
+
+    def _concerns(self, args: tuple[Any, ...]) -> bool:
+        """Whether an operator is given the parameter or what is loaded into it."""
+        storages = {self._storage, self._owner.untyped_storage()._cdata}
+        flat = (v for arg in args for v in (arg if isinstance(arg, list) else [arg]))
+        tensors = (value for value in flat if isinstance(value, torch.Tensor))
+        return any(tensor.untyped_storage()._cdata in storages for tensor in tensors)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ledger import Box
-from .plan import Copy, Route, View
+from .plan import Copy, Route
 from .recording import TensorSpec
+from .view import View
 
 if TYPE_CHECKING:
     from .staging import StagedTensor

@@ -95,8 +95,7 @@ class StagedTensor:
     def learn(self) -> None:
         """Take what this sync wrote for what the next one owes."""
         if self.written:
-            self.first_load.calls.update(self.calls.calls)
-            self.first_load.ambiguous |= self.calls.ambiguous
+            self.first_load.take_over(self.calls)
             self.first_load.boxes_written = sorted(
                 self.written, key=lambda box: box.start
             )

@@ -21,6 +21,7 @@ from .agreement import agree_across_ranks
 from .commit import Commit
 from .errors import WeightSyncError
 from .fingerprint import same_bytes
+from .first_plan import first_routes
 from .plan import Plan, fingerprint
 from .planned import PlannedCopies
 from .processing import is_attention, prepare_layer, unservable
@@ -155,6 +156,8 @@ class ReloadTransaction:
         self._recorder = RouteRecorder()
         self._mode = StagingMode(self._layers_of, self._recorder)
         self._layout = fingerprint(model, (tensor.meta for tensor in self._layers_of))
+        if reload.first_loaded and reload.plan.layout is None:
+            reload.plan.take_over(first_routes(self._layers_of), self._layout)
         routes = {}
         if envs.VLLM_RELOAD_PLAN:
             routes = reload.plan.routes_for(self._layout)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A view of a tensor, apart from the tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["View"]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A view of a tensor; strides and offset count elements of its storage."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, view: torch.Tensor, owner: torch.Tensor) -> View:
+        """Describe `view` relative to the first element of `owner`."""
+        offset = int(view.storage_offset() - owner.storage_offset())
+        return cls(tuple(view.shape), view.stride(), offset)
+
+    def on(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same view of another tensor."""
+        offset = self.offset + int(tensor.storage_offset())
+        return tensor.as_strided(self.shape, self.stride, offset)
