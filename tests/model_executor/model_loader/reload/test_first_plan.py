@@ -100,6 +100,16 @@ def by_row(param, weights):
         param.weight_loader(param, weight if weight.dim() > 1 else weight[None])
 
 
+def overlapping(param, weights):
+    for start, (_, weight) in enumerate(weights):
+        param.weight_loader(param, weight, start=start)
+
+
+def test_tensors_that_write_in_part_the_same_have_no_route():
+    tensors = dict(a=TENSOR[:3], b=TENSOR[:3] + 1)
+    assert not first_routes(staged_after(Model(overlapping), **tensors))
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
