@@ -49,7 +49,7 @@ class Side:
         with self._built.worker_context():
             seconds = _timed(reload.initialize_layerwise_reload, model)
             for chunk in chunks(self._tensors, len(self._bucket), self._bucket):
-                seconds += _timed(model.load_weights, iter(chunk))
+                seconds += _timed(model.load_weights, chunk)
             finish = reload.finalize_layerwise_reload
             return seconds + _timed(finish, model, config.model_config)
 

@@ -10,7 +10,6 @@ name what cannot be paired; applying it cannot fail halfway for such a reason.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -18,22 +17,11 @@ from typing import Any
 import torch
 
 from .errors import Finding, WeightSyncError
+from .objects import PLAIN, fields
 from .pristine import Shadow, ShadowPart
 
 __all__ = ["Commit", "prepare_commit"]
 
-_PLAIN: tuple[type, ...] = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    Enum,
-    type,
-)
-_PLAIN += (torch.dtype, torch.device, torch.Size, torch.memory_format)
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -112,7 +100,7 @@ class _Pairing:
         if isinstance(new, torch.Tensor) and isinstance(live, torch.Tensor):
             self._copy(live, new, path)
             return live
-        if isinstance(new, _PLAIN) or _owns_resource(new):
+        if isinstance(new, PLAIN) or _owns_resource(new):
             return new
         if type(live) is not type(new):
             if live is None or _is_function(new):
@@ -182,13 +170,13 @@ class _Pairing:
         return live
 
     def _pair_object(self, live: Any, new: Any, path: str) -> Any:
-        fields = _fields(new)
-        if fields is None:
+        parts = fields(new)
+        if parts is None:
             if callable(new):
                 return new
             raise self._refuse(path, f"cannot look into a {type(new).__qualname__}")
-        held = _fields(live) or {}
-        for name, value in fields.items():
+        held = fields(live) or {}
+        for name, value in parts.items():
             assign = partial(object.__setattr__, live, name)
             self._pair_item(held, name, value, assign, f"{path}.{name}")
         return live
@@ -228,15 +216,6 @@ class _Pairing:
 
 def _is_function(value: Any) -> bool:
     return callable(value) and not isinstance(value, type)
-
-
-def _fields(value: Any) -> dict[str, Any] | None:
-    """Attributes of an object, or None if it does not show them."""
-    slots = [n for c in type(value).__mro__ for n in getattr(c, "__slots__", ())]
-    if not slots and not hasattr(value, "__dict__"):
-        return None
-    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return {**getattr(value, "__dict__", {}), **held}
 
 
 def _owns_resource(value: Any) -> bool:

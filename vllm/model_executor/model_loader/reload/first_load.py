@@ -190,15 +190,13 @@ def owed_by(
     Args:
         name: the tensor's name in its layer.
         meta: the tensor in checkpoint format, on the meta device.
-        first: how the first load called its loader.
+        first: how the first load called its loader, and what is known of that.
         is_parameter: whether it is a parameter, not a buffer.
         known: whether a first load was seen.
 
     """
-    if first.boxes_written is None and first.calls:
-        first.boxes_written = first.boxes(original_loader(meta), meta)
-    if first.boxes_written is not None:
-        return Ledger(first.boxes_written)
+    if first.owed is not None:
+        return first.owed.fresh()
     loadable = is_parameter and not is_activation_quantity(name)
     if not (first.seen if known else loadable):
         return Ledger([])

@@ -53,7 +53,9 @@ class _Routes:
         copies = self._copies.setdefault(name, [])
         key = tensor.layer, tensor.name
         for write in writes:
-            copies.append(Copy(key, write.source, write.target, write.boxes))
+            views = write.source, write.target
+            copy = Copy.of(key, *views, write.boxes, sent.spec, tensor.meta.dtype)
+            copies.append(copy)
             for box in write.boxes:
                 writer = self._writers.setdefault((key, box), name)
                 if writer != name:

@@ -7,29 +7,38 @@ twice changes nothing, so completion is coverage and never a count.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 
 __all__ = ["Box", "Ledger", "boxes_of_view"]
 
+_Lanes = dict[int, dict["Box", None]]
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Indices `start[d] <= i < stop[d]` in each dimension d of a tensor."""
+    """Indices `start[d] <= i < stop[d]` in each dimension d of a tensor.
+
+    Attributes:
+        numel: how many elements it has.
+
+    """
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
+    numel: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        numel = prod([b - a for a, b in zip(self.start, self.stop)])
+        object.__setattr__(self, "numel", numel)
 
     @classmethod
     def whole(cls, shape: Iterable[int]) -> "Box":
         stop = tuple(shape)
         return cls((0,) * len(stop), stop)
-
-    @property
-    def numel(self) -> int:
-        return prod(b - a for a, b in zip(self.start, self.stop))
 
     def slices(self) -> tuple[slice, ...]:
         """Index that selects this box from its tensor."""
@@ -65,7 +74,8 @@ class Ledger:
     """The boxes of one tensor that are owed and not yet written.
 
     Boxes of a tensor of three or more dimensions are kept by their index in the first
-    dimension, the expert: a write then looks only at its own expert's boxes.
+    dimension, the expert: a write then looks only at its own expert's boxes. What was
+    written is only noted, and subtracted when enough was noted to matter.
 
     Args:
         owed: boxes to be written, possibly overlapping.
@@ -74,41 +84,68 @@ class Ledger:
 
     Attributes:
         overlapping: whether some elements are owed more than once; the last write wins.
+        written: what was written, in that order.
 
     """
 
     def __init__(self, owed: Sequence[Box], slack: int = 0):
         self._slack = slack
-        self._open: dict[int, dict[Box, None]] = {}
-        self._owed_numel = 0
+        self._owed: _Lanes = {}
         for box in owed:
             for lane, part in _lanes(box):
                 self._owe(lane, part)
-        self._total = self._owed_numel
+        self._boxes = {box for lane in self._owed.values() for box in lane}
+        self._total = sum(box.numel for box in self._boxes)
         self.overlapping = self._total < sum(box.numel for box in owed)
+        self._begin()
 
     def _owe(self, lane: int, box: Box) -> None:
         fresh = [box]
-        for known in self._open.get(lane, ()):
+        for known in self._owed.get(lane, ()):
             fresh = [
                 p for f in fresh for p in (f.minus(known) if f.meets(known) else [f])
             ]
-        self._open.setdefault(lane, {}).update(dict.fromkeys(fresh))
-        self._owed_numel += sum(part.numel for part in fresh)
+        self._owed.setdefault(lane, {}).update(dict.fromkeys(fresh))
+
+    def _begin(self) -> None:
+        self.written: list[Box] = []
+        self._open = self._owed
+        self._open_numel = self._total
+        self._noted: list[Box] = []
+        self._noted_numel = 0
+
+    def fresh(self) -> "Ledger":
+        """A ledger in which the same is owed, and nothing is written."""
+        ledger = copy(self)
+        ledger._begin()
+        return ledger
 
     def write(self, box: Box) -> None:
         """Note that every element of `box` was written."""
-        for lane, part in _lanes(box):
-            boxes = self._open.get(lane)
-            if not boxes:
-                continue
-            # Owed boxes are disjoint, and mostly written one by one.
-            met = [part] if part in boxes else [b for b in boxes if b.meets(part)]
-            for owed in met:
-                del boxes[owed]
-                rest = [] if owed is part else list(owed.minus(part))
-                self._owed_numel -= owed.numel - sum(b.numel for b in rest)
-                boxes.update(dict.fromkeys(rest))
+        self.written.append(box)
+        self._noted.append(box)
+        self._noted_numel += box.numel
+
+    def _settle(self) -> None:
+        """Subtract what was noted from what is owed."""
+        noted, self._noted, self._noted_numel = self._noted, [], 0
+        if self._open is self._owed:
+            if self._boxes.issubset(noted):  # written as it was owed
+                self._open, self._open_numel = {}, 0
+                return
+            self._open = {lane: dict(boxes) for lane, boxes in self._owed.items()}
+        for box in noted:
+            for lane, part in _lanes(box):
+                self._subtract(self._open.get(lane, {}), part)
+
+    def _subtract(self, boxes: dict[Box, None], part: Box) -> None:
+        # Owed boxes are disjoint, and mostly written one by one.
+        met = [part] if part in boxes else [b for b in boxes if b.meets(part)]
+        for owed in met:
+            del boxes[owed]
+            rest = [] if owed is part else list(owed.minus(part))
+            self._open_numel -= owed.numel - sum(b.numel for b in rest)
+            boxes.update(dict.fromkeys(rest))
 
     def covers(self, tensor: torch.Tensor) -> bool:
         """Whether, once complete, every element of `tensor` was written."""
@@ -121,12 +158,15 @@ class Ledger:
 
     @property
     def complete(self) -> bool:
-        return self._owed_numel <= self._slack
+        if 0 < self._open_numel - self._slack <= self._noted_numel:
+            self._settle()
+        return self._open_numel <= self._slack
 
     def missing(self) -> list[Box]:
         """Boxes not yet written, in ascending order; empty when complete."""
         if self.complete:
             return []
+        self._settle()
         boxes = (box for lane in self._open.values() for box in lane)
         return sorted(boxes, key=lambda box: box.start)
 
@@ -137,6 +177,7 @@ class Ledger:
         """
         if self.complete or self._slack:
             return 0
+        self._settle()
         pairs = (
             (box, part)
             for lane, part in _lanes(region)

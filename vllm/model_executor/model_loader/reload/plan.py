@@ -17,6 +17,7 @@ import torch
 
 from .ledger import Box
 from .recording import TensorSpec
+from .strided import Strided
 from .view import View
 
 __all__ = ["Copy", "Plan", "Route", "fingerprint"]
@@ -31,6 +32,10 @@ class Copy:
         source: part of the checkpoint's tensor; None for all of it.
         target: part of the layer's tensor in checkpoint format.
         boxes: the same as boxes.
+        layout: what a kernel needs to know of it; None if it casts, or is no strided
+            copy.
+        source_bytes: where the part begins in the checkpoint's tensor.
+        target_bytes: where it begins in the layer's.
 
     """
 
@@ -38,6 +43,28 @@ class Copy:
     source: View | None
     target: View
     boxes: tuple[Box, ...]
+    layout: Strided | None
+    source_bytes: int
+    target_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        tensor: tuple[str, str],
+        source: View,
+        target: View,
+        boxes: tuple[Box, ...],
+        spec: TensorSpec,
+        dtype: torch.dtype,
+    ) -> Copy:
+        """Describe a copy from a tensor of some shape and type to one of a type."""
+        size = dtype.itemsize
+        layout = None
+        if spec.dtype == dtype:
+            layout = Strided.of(target.shape, source.stride, target.stride, size)
+        offsets = source.offset * spec.dtype.itemsize, target.offset * size
+        whole = None if source == View.whole(spec.shape) else source
+        return cls(tensor, whole, target, boxes, layout, *offsets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from .copying import Copies
 from .plan import Copy, Route
 from .staging import StagedTensor
 
@@ -24,6 +25,8 @@ class PlannedCopies:
 
     Attributes:
         taken: how many tensors came this way.
+        completed: how many writes left a staged tensor complete.
+        copies: those to staged memory, which may have been put off.
 
     """
 
@@ -34,12 +37,14 @@ class PlannedCopies:
         on_complete: Callable[[StagedTensor], None],
     ):
         self.taken = 0
+        self.completed = 0
+        self.copies = Copies()
         self._routes = routes
         self._tensors = {(tensor.layer, tensor.name): tensor for tensor in tensors}
         self._on_complete = on_complete
 
     def take(self, name: str, tensor: torch.Tensor) -> bool:
-        """Stage a tensor; false if it has to go through its loader.
+        """Stage a tensor, see `copies`; false if it has to go through its loader.
 
         Raises:
             WeightSyncError: its layer is committed, and it holds other values.
@@ -48,20 +53,21 @@ class PlannedCopies:
         route = self._routes.get(name)
         if route is None or not route.fits(tensor):
             return False
-        # A default device, say, is a mode of its own, and costs more than a copy.
-        with torch._C.DisableTorchFunction():
-            for copy in route.copies:
-                source = tensor if copy.source is None else copy.source.on(tensor)
-                self._copy(copy, source.detach())
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        for copy in route.copies:
+            self._copy(copy, tensor)
         self.taken += 1
         return True
 
-    def _copy(self, copy: Copy, source: torch.Tensor) -> None:
+    def _copy(self, copy: Copy, tensor: torch.Tensor) -> None:
         staged = self._tensors[copy.tensor]
         if staged.closed:
+            source = tensor if copy.source is None else copy.source.on(tensor)
             staged.check_repeated(copy.target.on(staged.meta), source)
             return
-        copy.target.on(staged.materialize().data).copy_(source)
+        self.copies.add(copy, tensor, staged.materialize().data)
         staged.note_boxes(copy.boxes)
         if staged.ledger.complete:
+            self.completed += 1
             self._on_complete(staged)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .ledger import Box, boxes_of_view
+from .ledger import Box, Ledger, boxes_of_view
 from .view import View
 
 __all__ = [
@@ -171,13 +171,13 @@ class Write:
     """What one copy into a parameter was.
 
     Attributes:
-        source: part of the checkpoint's tensor; None for all of it.
+        source: part of the checkpoint's tensor.
         target: part of the parameter.
         boxes: the same as boxes.
 
     """
 
-    source: View | None
+    source: View
     target: View
     boxes: tuple[Box, ...]
 
@@ -188,7 +188,7 @@ class FirstLoad:
 
     Attributes:
         bypassed: whether the parameter was written past its loader.
-        boxes_written: the regions, once derived or learnt from a complete sync.
+        owed: the regions it wrote, once derived or learnt from a complete sync.
         sources: each tensor that was loaded, by which call and which view of it; no
             view if it was changed on the way.
         writes: what each call copies, where that is all that it does; see `boxes`.
@@ -196,7 +196,7 @@ class FirstLoad:
     """
 
     bypassed: bool = False
-    boxes_written: list[Box] | None = None
+    owed: Ledger | None = None
     sources: list[tuple[Sent | None, LoaderCall, View | None]] = field(
         default_factory=list
     )
@@ -268,6 +268,13 @@ class FirstLoad:
     def expected(self, call: LoaderCall) -> TensorSpec | None:
         """What this call was given by the first load, if it was made then."""
         return None if self.ambiguous else self.calls.get(call)
+
+    def write_like(self, other: "FirstLoad") -> None:
+        """Take what calls that are alike, and in the same order, wrote elsewhere."""
+        self.owed = other.owed
+        pairs = zip(self.calls, other.calls)
+        writes = other.writes
+        self.writes = {call: writes[like] for call, like in pairs if like in writes}
 
     def boxes(self, loader: Callable, param: torch.Tensor) -> list[Box] | None:
         """Regions of `param` (on meta) that the calls write, or None if unknown.
@@ -382,9 +389,7 @@ class _MetaWrites(TorchDispatchMode):
             self.writes = None
         elif self.writes is not None:
             part = View.of(source.expand(view.shape), self._owner)
-            is_whole = part == View.of(self._owner, self._owner)
-            to = View.of(view, self._param)
-            self.writes.append(Write(None if is_whole else part, to, boxes))
+            self.writes.append(Write(part, View.of(view, self._param), boxes))
 
     def _is_sent(self, value: Any) -> bool:
         storage = self._owner.untyped_storage()._cdata

@@ -82,10 +82,10 @@ class RouteRecorder:
     ) -> None:
         assert self._tensor is not None
         part = View.of(source.expand(view.shape), self._tensor)
-        is_whole = part == View.of(self._tensor, self._tensor)
         key = target.layer, target.name
         to = View.of(view, target.materialize())
-        self._copies.append(Copy(key, None if is_whole else part, to, boxes))
+        spec = TensorSpec.of(self._tensor)
+        self._copies.append(Copy.of(key, part, to, boxes, spec, view.dtype))
         for box in boxes:
             other = self._writers.setdefault((key, box), self._name)
             if other != self._name or target.ledger.overlapping:

@@ -47,7 +47,6 @@ class StagedTensor:
         calls: how this sync called the loader.
         tied: whether it is a parameter of several layers.
         optional: whether it may come although it is not owed.
-        written: the boxes that this sync wrote.
         memory: its memory, once touched.
         closed: whether its layer was committed.
         sealed: what had been staged when it was closed.
@@ -63,7 +62,6 @@ class StagedTensor:
     initial: torch.Tensor | None = None
     tied: bool = False
     optional: bool = False
-    written: set[Box] = field(default_factory=set)
     memory: torch.Tensor | None = None
     closed: bool = False
     sealed: Fingerprint | None = None
@@ -86,19 +84,22 @@ class StagedTensor:
         data = memory.data.clone() if self.tied else memory.data
         return meta_tensors.like(data, memory)
 
+    @property
+    def written(self) -> list[Box]:
+        """The boxes that this sync wrote."""
+        return self.ledger.written
+
     def note_boxes(self, boxes: Iterable[Box]) -> None:
         """Note that these were filled with loaded values."""
         for box in boxes:
             self.ledger.write(box)
-            self.written.add(box)
 
     def learn(self) -> None:
         """Take what this sync wrote for what the next one owes."""
         if self.written:
             self.first_load.take_over(self.calls)
-            self.first_load.boxes_written = sorted(
-                self.written, key=lambda box: box.start
-            )
+            boxes = sorted(set(self.written), key=lambda box: box.start)
+            self.first_load.owed = Ledger(boxes)
 
     def close(self) -> None:
         """Take no more writes; what comes again must equal what was staged."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .derivation import Derivation
 from .first_load import original_loader, owed_by, set_loader
 from .meta import to_meta_tensor
 from .recording import FirstLoad
@@ -37,6 +38,7 @@ class _StagingArea:
     def __init__(self, first_loaded: bool, run: Callable[..., Any]):
         self._first_loaded = first_loaded
         self._run = run
+        self._derivation = Derivation()
         self._tied: dict[int, StagedTensor] = {}
 
     def stage(self, name: str, layer: torch.nn.Module) -> StagedLayer:
@@ -68,6 +70,7 @@ class _StagingArea:
         info = get_layerwise_info(staged.layer)
         meta = restore_layer_refs(to_meta_tensor(like), staged.layer)
         first_load = info.first_load.setdefault(name, FirstLoad())
+        self._derivation.derive(staged.name, name, meta, first_load)
         ledger = owed_by(name, meta, first_load, is_parameter, self._first_loaded)
         device = info.restore_device
         tensor = StagedTensor(staged.name, name, meta, device, first_load, ledger)

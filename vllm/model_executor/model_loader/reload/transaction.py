@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 import vllm.envs as envs
 from vllm.config import ModelConfig
@@ -25,9 +24,9 @@ from .first_plan import first_routes
 from .plan import Plan, fingerprint
 from .planned import PlannedCopies
 from .processing import is_attention, prepare_layer, unservable
-from .recording import TensorSpec
 from .registry import get_layerwise_info
 from .routing import RouteRecorder
+from .source import Source, Weights
 from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
 from .staging_area import stage_model
 from .status import ReloadStatus
@@ -36,7 +35,6 @@ __all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction", "Sync"]
 
 logger = init_logger(__name__)
 
-Weights = Iterable[tuple[str, torch.Tensor]]
 _Place = tuple[int, torch.Size, tuple[int, ...]]
 
 
@@ -201,9 +199,8 @@ class ReloadTransaction:
 
         """
         self._check_open()
-        source = _Source(
-            weights, self._recorder, self._planned, self.commit_ready_layers
-        )
+        watched = self._recorder, self._planned, self.commit_ready_layers
+        source = Source(weights, *watched)
         try:
             source.skip_planned()
             with self._staging():
@@ -245,6 +242,7 @@ class ReloadTransaction:
         if self._failure is not None:
             return
         self._failure = reason
+        self._planned.copies.discard()
         if self.mixture:
             self._reload.fenced = True
             self._reload.lost = (
@@ -351,6 +349,7 @@ class ReloadTransaction:
                 self._commit_now(layer)
 
     def _commit_now(self, layer: StagedLayer) -> None:
+        self._planned.copies.flush()
         shown = layer.is_shown
         layer.hide()
         with self._aside():
@@ -440,70 +439,3 @@ class ReloadTransaction:
 def _place(tensor: torch.Tensor) -> _Place:
     """What two tensors share if they are one; a view of a part is another tensor."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-class _Source:
-    """A caller's weights, watched while a model iterates over them.
-
-    Attributes:
-        name: the checkpoint name that the model is loading.
-        error: what the caller's iterator raised, if it did.
-
-    """
-
-    def __init__(
-        self,
-        weights: Weights,
-        recorder: RouteRecorder,
-        planned: PlannedCopies,
-        on_loaded: Callable[[], None],
-    ):
-        self.name: str | None = None
-        self.error: BaseException | None = None
-        self._weights = iter(weights)
-        self._recorder = recorder
-        self._planned = planned
-        self._on_loaded = on_loaded
-        self._tensor: torch.Tensor | None = None
-
-    def skip_planned(self) -> bool:
-        """Stage the tensors with routes.
-
-        Returns:
-            Whether there is one without.
-
-        """
-        while (sent := self._next()) is not None:
-            self.name, self._tensor = sent
-            if not self._planned.take(*sent):
-                return True
-            self._on_loaded()
-        self._tensor = None
-        return False
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        is_left = self._tensor is not None
-        while is_left:
-            assert self.name is not None and self._tensor is not None
-            self._recorder.begin(self.name, self._tensor)
-            yield self.name, self._tensor
-            self._recorder.end()
-            self._on_loaded()
-            # Not only paused: a mode costs more than a copy.
-            with _disable_current_modes():
-                is_left = self.skip_planned()
-
-    def _next(self) -> tuple[str, torch.Tensor] | None:
-        try:
-            return next(self._weights, None)
-        except BaseException as error:
-            self.error = error
-            raise
-
-    def explain(self, error: BaseException) -> WeightSyncError:
-        """The error of a loader, in terms of the tensor that it was loading."""
-        reason = str(error) or type(error).__name__
-        spec = self._tensor is not None and TensorSpec.of(self._tensor)
-        return WeightSyncError(
-            f"weight sync cannot load {self.name} ({spec or 'no tensor'}): {reason}"
-        )

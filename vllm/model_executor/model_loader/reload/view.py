@@ -25,6 +25,15 @@ class View:
         offset = int(view.storage_offset() - owner.storage_offset())
         return cls(tuple(view.shape), view.stride(), offset)
 
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> View:
+        """All of a contiguous tensor."""
+        stride, size = [], 1
+        for extent in reversed(shape):
+            stride.append(size)
+            size *= max(extent, 1)
+        return cls(tuple(shape), tuple(reversed(stride)), 0)
+
     def on(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same view of another tensor."""
         offset = self.offset + int(tensor.storage_offset())
