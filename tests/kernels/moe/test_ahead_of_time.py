@@ -29,7 +29,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 BINARIES = {"cuda": "cubin", "hip": "hsaco"}
-FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+PACKAGE = "vllm.model_executor"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Kernel:
     """A kernel in one specialisation, and what it is meant for.
 
     Attributes:
-        path: module under `FUSED_MOE` and the kernel's name there.
+        path: module under `PACKAGE` and the kernel's name there.
         targets: names of `TARGETS`.
         signature: Triton's type of each argument that is no constexpr.
         constexprs: value of each argument that is one.
@@ -71,8 +71,18 @@ _GEMM_SIZES = (
     "stride_bsk",
     "stride_bias_e",
 )
+_COPY_SIZES = (
+    "copies",
+    "rows",
+    "run",
+    "words",
+    "source_outer",
+    "source_row",
+    "target_outer",
+    "target_row",
+)
 _GEMM = Kernel(
-    path="fp8_grouped_gemm:fp8_grouped_gemm_kernel",
+    path="layers.fused_moe.fp8_grouped_gemm:fp8_grouped_gemm_kernel",
     targets=("sm_89", "sm_90", "sm_100", "sm_120"),
     signature=dict(
         a_ptr="*fp8e4nv",
@@ -104,6 +114,12 @@ _GEMM = Kernel(
         SCALE_COLUMNS=16,
     ),
     options=dict(num_warps=4, num_stages=3),
+)
+_COPY = Kernel(
+    path="kernels.strided_copy:_copy_kernel",
+    targets=("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"),
+    signature={"table": "*i64", **dict.fromkeys(_COPY_SIZES, "i32")},
+    constexprs=dict(WORD="int64", ALIGNED=16, CONTIGUOUS=False, BLOCK=2048),
 )
 KERNELS = {
     "gemm, blocks": _GEMM,
@@ -140,10 +156,15 @@ KERNELS = {
         constexprs={**_GEMM.constexprs, "GROUP_N": 1, "GROUP_K": 0},
     ),
     "scan": Kernel(
-        path="scale_scan:_scan_kernel",
+        path="layers.fused_moe.scale_scan:_scan_kernel",
         targets=("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"),
         signature={"tensors": "*i64", "faults": "*i64"},
         constexprs={"CHUNK": 2048},
+    ),
+    "copy, runs": _COPY,
+    "copy, bytes": replace(
+        _COPY,
+        constexprs=dict(WORD="int8", ALIGNED=1, CONTIGUOUS=True, BLOCK=4096),
     ),
 }
 CASES = [pair for name, k in KERNELS.items() for pair in product([name], k.targets)]
@@ -165,6 +186,13 @@ def test_compiles(kernel, target, outcomes):
     assert outcomes[f"{kernel} {target}"] == "compiled"
 
 
+def _constant(value: Any) -> Any:
+    """A constexpr's value; a type of Triton's is written as its name."""
+    import triton.language as tl
+
+    return getattr(tl, value) if isinstance(value, str) else value
+
+
 def compile_for(kernel: Kernel, target: str) -> str:
     """Compile a kernel, and say "compiled" or why it cannot be."""
     import triton
@@ -173,9 +201,9 @@ def compile_for(kernel: Kernel, target: str) -> str:
 
     module, name = kernel.path.split(":")
     source = ASTSource(
-        fn=getattr(import_module(f"{FUSED_MOE}.{module}"), name),
+        fn=getattr(import_module(f"{PACKAGE}.{module}"), name),
         signature={**kernel.signature, **dict.fromkeys(kernel.constexprs, "constexpr")},
-        constexprs=dict(kernel.constexprs),
+        constexprs={n: _constant(v) for n, v in kernel.constexprs.items()},
     )
     gpu = GPUTarget(*TARGETS[target])
     try:

@@ -49,7 +49,9 @@ class Model(torch.nn.Module):
 def tensors(experts=2):
     shape = LAYERS, experts, 2, 3
     values = torch.arange(float(LAYERS * experts * 6)).view(shape)
-    return {f"layers.{i}.{e}": values[i, e] for i in range(LAYERS) for e in range(experts)}
+    return {
+        f"layers.{i}.{e}": values[i, e] for i in range(LAYERS) for e in range(experts)
+    }
 
 
 def first_sync(model, sent):

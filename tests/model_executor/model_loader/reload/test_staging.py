@@ -138,3 +138,10 @@ def test_a_scalar_may_have_any_shape():
 def test_one_element_for_a_vector_is_refused():
     with pytest.raises(WeightSyncError):
         load_through(staged((4,)), torch.ones(4), torch.ones(1))
+
+
+def test_memory_is_on_the_tensors_device_whatever_the_default_is():
+    tensor = staged()
+    tensor.device = torch.device("meta")
+    with torch._C.DisableTorchFunction():  # the default device is a mode of this kind
+        assert tensor.materialize().device == tensor.device

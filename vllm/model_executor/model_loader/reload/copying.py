@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import torch
 
+from vllm.model_executor.kernels.strided import Strided
 from vllm.triton_utils import HAS_TRITON
 
 from .plan import Copy
-from .strided import Strided
 
 __all__ = ["Copies"]
 
@@ -55,7 +55,7 @@ class Copies:
     def flush(self) -> None:
         """Launch what was put off."""
         if self._waiting:
-            from .strided_copy import copy_strided
+            from vllm.model_executor.kernels.strided_copy import copy_strided
 
             waiting, self._waiting = self._waiting, {}
             assert self._device is not None

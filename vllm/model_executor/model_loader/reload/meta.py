@@ -45,11 +45,12 @@ def to_meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return like(tensor.data.to("meta"), tensor)
 
 
-def materialize_meta_tensor(meta_tensor: torch.Tensor) -> torch.Tensor:
-    """The reverse, on the default device; the values are uninitialised."""
-    memory = torch.empty_strided(
-        tuple(meta_tensor.shape), meta_tensor.stride(), dtype=meta_tensor.dtype
-    )
+def materialize_meta_tensor(
+    meta_tensor: torch.Tensor, device: torch.device | None = None
+) -> torch.Tensor:
+    """The reverse, on a device or the default one; the values are uninitialised."""
+    layout = tuple(meta_tensor.shape), meta_tensor.stride()
+    memory = torch.empty_strided(*layout, dtype=meta_tensor.dtype, device=device)
     return like(memory, meta_tensor)
 
 

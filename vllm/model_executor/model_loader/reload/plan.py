@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from vllm.model_executor.kernels.strided import Strided
+
 from .ledger import Box
 from .recording import TensorSpec
-from .strided import Strided
 from .view import View
 
 __all__ = ["Copy", "Plan", "Route", "fingerprint"]

@@ -70,8 +70,8 @@ class StagedTensor:
     def materialize(self) -> torch.Tensor:
         """Its memory; allocated, and set to the create-time value, on first use."""
         if self.memory is None:
-            with self.device:
-                self.memory = meta_tensors.materialize_meta_tensor(self.meta)
+            memory = meta_tensors.materialize_meta_tensor(self.meta, self.device)
+            self.memory = memory
             if self.initial is not None:
                 self.memory.data.copy_(self.initial)
             elif not self.ledger.covers(self.meta):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm.model_executor.model_loader.reload.strided import Strided
+from vllm.model_executor.kernels.strided import Strided
 
 
 def carry_out(layout: Strided, source: bytes, target: bytearray) -> None:

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Many copies in one launch, in Triton's interpreter on a CPU and for real on a GPU."""
+
+from math import prod
+
+import pytest
+import torch
+
+from vllm.model_executor.kernels import strided_copy
+from vllm.model_executor.kernels.strided import Strided
+from vllm.model_executor.kernels.strided_copy import copy_strided
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.forked] if DEVICE.type == "cuda" else []
+
+COPIES = 3
+# A copy that one program does not finish.
+LONG = strided_copy._BYTES_OF_PROGRAM + 5
+
+
+def place(
+    shape: list[int], wide: list[int], start: int, dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory of random bytes, and a view some elements into it, with gaps."""
+    size = (start + prod(wide)) * dtype.itemsize
+    random = torch.Generator().manual_seed(seed)
+    memory = torch.randint(256, (size,), generator=random, dtype=torch.uint8)
+    memory = memory.to(DEVICE)
+    view = memory.view(dtype)[start:].view(wide)
+    return memory, view[tuple(slice(n) for n in shape)]
+
+
+def assert_same_bytes(got: torch.Tensor, expected: torch.Tensor) -> None:
+    wrong = (got != expected).nonzero().flatten().tolist()
+    assert not wrong, (
+        f"{len(wrong)} of {got.numel()} bytes differ, first at {wrong[0]}: "
+        f"got {got[wrong[0]]}, expected {expected[wrong[0]]}"
+    )
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "shape, source, target",
+    [
+        ([1], [1], [1]),
+        ([LONG], [LONG], [LONG]),
+        ([8, 16], [8, 16], [8, 16]),
+        ([8, 16], [8, 32], [8, 16]),
+        ([7, 5], [9, 11], [7, 13]),
+        ([2, 3, 16], [2, 6, 16], [2, 3, 48]),
+        ([3, 5, 7], [4, 6, 9], [5, 7, 8]),
+    ],
+    ids=str,
+)
+def test_copies_what_torch_copies(shape, source, target, dtype, start):
+    addresses, results = {}, []
+    for copy in range(COPIES):
+        _, read = place(shape, source, start, dtype, seed=copy)
+        memory, written = place(shape, target, start, dtype, seed=COPIES + copy)
+        addresses[written.data_ptr()] = read.data_ptr()
+        results.append((memory, memory.clone(), read, written))
+    for memory, expected, read, written in results:
+        layout = expected.view(dtype)[start:].view(target)
+        layout[tuple(slice(n) for n in shape)].copy_(read)
+    copy_strided(
+        Strided.of(shape, read.stride(), written.stride(), dtype.itemsize),
+        addresses,
+        DEVICE,
+    )
+    for memory, expected, *_ in results:
+        assert_same_bytes(memory, expected)
+
+
+@pytest.mark.parametrize("run, addresses", [(16, {}), (0, {0: 0})])
+def test_nothing_to_copy_is_no_launch(run, addresses):
+    copy_strided(Strided(1, 1, run, 0, 0, 0, 0), addresses, DEVICE)
+
+
+def test_addresses_are_copied_as_they_are_aligned():
+    assert strided_copy._alignment([64, 16, 0]) == 16
+    assert strided_copy._alignment([64, 24]) == 8
+    assert strided_copy._alignment([64, 6]) == 2
+    assert strided_copy._alignment([64, 7]) == 1
