@@ -55,22 +55,20 @@ def assert_same_bytes(got: torch.Tensor, expected: torch.Tensor) -> None:
     ids=str,
 )
 def test_copies_what_torch_copies(shape, source, target, dtype, start):
-    addresses, results = {}, []
-    for copy in range(COPIES):
-        _, read = place(shape, source, start, dtype, seed=copy)
-        memory, written = place(shape, target, start, dtype, seed=COPIES + copy)
-        addresses[written.data_ptr()] = read.data_ptr()
-        results.append((memory, memory.clone(), read, written))
-    for memory, expected, read, written in results:
-        layout = expected.view(dtype)[start:].view(target)
-        layout[tuple(slice(n) for n in shape)].copy_(read)
-    copy_strided(
-        Strided.of(shape, read.stride(), written.stride(), dtype.itemsize),
-        addresses,
-        DEVICE,
-    )
-    for memory, expected, *_ in results:
-        assert_same_bytes(memory, expected)
+    reads = [place(shape, source, start, dtype, seed) for seed in range(COPIES)]
+    writes = [place(shape, target, start, dtype, COPIES + s) for s in range(COPIES)]
+    copies = [(t, s) for (_, t), (_, s) in zip(writes, reads)]
+    expected = []
+    for (memory, _), (written, read) in zip(writes, copies):
+        expected.append(memory.clone())
+        view = expected[-1].view(dtype).as_strided(shape, written.stride(), start)
+        view.copy_(read)
+    strides = [view.stride() for view in reversed(copies[0])]
+    layout = Strided.of(shape, *strides, dtype.itemsize)
+    addresses = {t.data_ptr(): s.data_ptr() for t, s in copies}
+    copy_strided(layout, addresses, DEVICE)
+    for (memory, _), wanted in zip(writes, expected):
+        assert_same_bytes(memory, wanted)
 
 
 @pytest.mark.parametrize("run, addresses", [(16, {}), (0, {0: 0})])

@@ -9,11 +9,13 @@ import torch
 
 from tests.checkpoints import CASES, chunks
 from tests.harness.snapshot import assert_same, snapshot
+from vllm.model_executor.kernels.strided_copy import copy_strided
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     transaction,
 )
+from vllm.model_executor.model_loader.reload.copying import Copies
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
 from vllm.model_executor.model_loader.reload.plan import Plan, Route, fingerprint
 from vllm.model_executor.model_loader.reload.planned import PlannedCopies
@@ -212,9 +214,52 @@ def test_a_sync_of_a_part_adds_nothing_to_the_plan(make_model):
         assert plan.routes == routes_before
 
 
+def test_a_list_is_copied_in_batches(make_model, cold_load, nan_memory, monkeypatch):
+    """As on an accelerator, in Triton's interpreter."""
+    launches: list[int] = []
+
+    def launch(layout, addresses):
+        launches.append(len(addresses))
+        copy_strided(layout, addresses, CPU)
+
+    monkeypatch.setattr(transaction, "batch_launcher", lambda device: launch)
+    case = CASES["qwen3_moe-fp8_block"]
+    model, vllm_config = built = make_model(case, seed=1)
+    bucket = torch.empty(1 << 20, dtype=torch.uint8)
+    with built.worker_context():
+        initialize_layerwise_reload(model)
+        for chunk in chunks(case.tensors(2), len(bucket), bucket):
+            model.load_weights(chunk)
+        finalize_layerwise_reload(model, vllm_config.model_config)
+    assert_same(snapshot(model), cold_load(case, 2))
+    assert sum(launches) > 4 * len(launches)
+
+
+def test_of_a_tensor_that_is_repeated_in_a_list_the_last_counts():
+    routes = record(staged(), whole, a=A)
+    target = staged()
+    launches: list[dict[int, int]] = []
+    copies = Copies(lambda layout, addresses: launches.append(addresses))
+    copies.put_off = True
+    planned = PlannedCopies(routes, [target], lambda _: None, copies)
+    assert planned.take("a", A) and planned.take("a", B)
+    copies.flush()
+    assert launches == [{target.memory.data_ptr(): B.data_ptr()}]
+
+
+def test_what_was_put_off_can_be_forgotten():
+    routes = record(staged(), whole, a=A)
+    copies = Copies(lambda layout, addresses: pytest.fail("launched"))
+    copies.put_off = True
+    assert PlannedCopies(routes, [staged()], lambda _: None, copies).take("a", A)
+    copies.discard()
+    copies.flush()
+
+
+@pytest.mark.parametrize("form", [iter, list])
 @pytest.mark.parametrize("is_on", [True, False])
 def test_the_report_tells_which_way_tensors_went(
-    is_on, make_model, cold_load, nan_memory, monkeypatch
+    is_on, form, make_model, cold_load, nan_memory, monkeypatch
 ):
     monkeypatch.setenv("VLLM_RELOAD_PLAN", str(int(is_on)))
     reports: list[tuple[int, int]] = []
@@ -228,7 +273,7 @@ def test_the_report_tells_which_way_tensors_went(
         with built.worker_context():
             initialize_layerwise_reload(model)
             for chunk in chunks(case.tensors(seed), len(bucket), bucket):
-                model.load_weights(iter(chunk))
+                model.load_weights(form(chunk))
             finalize_layerwise_reload(model, vllm_config.model_config)
     assert_same(snapshot(model), cold_load(case, 3))
     assert len(reports) == 2  # the first sync goes the way of the cold load

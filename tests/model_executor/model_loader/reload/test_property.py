@@ -283,7 +283,9 @@ class Trainer:
         """Load a stream through one reused bucket."""
         sent = _Countdown(dies_after)
         for chunk in chunks(stream, size, self._bucket):
-            self.built.model.load_weights(sent.watch(chunk))
+            watched = sent.watch(chunk)
+            # Either form comes: a list is copied in batches, where there are any.
+            self.built.model.load_weights(list(watched) if size % 2 else watched)
 
     def sync(self, stream: Stream, size: int = 1 << 20) -> None:
         self.open()

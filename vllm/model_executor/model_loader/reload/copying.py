@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
 
 from vllm.model_executor.kernels.strided import Strided
@@ -11,7 +14,18 @@ from vllm.triton_utils import HAS_TRITON
 
 from .plan import Copy
 
-__all__ = ["Copies"]
+__all__ = ["Copies", "batch_launcher"]
+
+Launch = Callable[[Strided, Mapping[int, int]], None]
+
+
+def batch_launcher(device: torch.device) -> Launch | None:
+    """What launches many copies of a shape on a device; None where nothing does."""
+    if device.type == "cpu" or not HAS_TRITON:
+        return None
+    from vllm.model_executor.kernels.strided_copy import copy_strided
+
+    return partial(copy_strided, device=device)
 
 
 class Copies:
@@ -21,46 +35,40 @@ class Copies:
         copies.flush()                      # before anybody reads the memory, or
                                             # changes a tensor
 
-    On an accelerator those of the same shape go in one launch. A tensor that is not
-    there yet, or is cast on the way, is copied at once.
+    A tensor that is on another device, or is cast on the way, is copied at once.
+
+    Args:
+        launch: carries out many copies of a shape, from source to target addresses by
+            target address; see `batch_launcher`.
 
     Attributes:
         put_off: whether copies may wait for `flush`.
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launch: Launch | None = None) -> None:
         self.put_off = False
-        self._device: torch.device | None = None
+        self._launch = launch
         self._waiting: dict[Strided, dict[int, int]] = {}
 
     def add(self, copy: Copy, tensor: torch.Tensor, memory: torch.Tensor) -> None:
         """Copy a part of `tensor` to a part of `memory`, both without gradients."""
-        layout = copy.layout
-        if layout is None or not self._may_wait(tensor, memory):
-            source = tensor if copy.source is None else copy.source.on(tensor)
-            copy.target.on(memory).copy_(source)
+        may_wait = self.put_off and self._launch is not None
+        if may_wait and copy.layout is not None and tensor.device == memory.device:
+            target = memory.data_ptr() + copy.target_bytes
+            # Of a repeated target the last source counts.
+            waiting = self._waiting.setdefault(copy.layout, {})
+            waiting[target] = tensor.data_ptr() + copy.source_bytes
             return
-        target = memory.data_ptr() + copy.target_bytes
-        # Of a repeated target the last source counts.
-        waiting = self._waiting.setdefault(layout, {})
-        waiting[target] = tensor.data_ptr() + copy.source_bytes
-
-    def _may_wait(self, tensor: torch.Tensor, memory: torch.Tensor) -> bool:
-        if not (self.put_off and HAS_TRITON) or tensor.is_cpu:
-            return False
-        self._device = memory.device
-        return tensor.device == memory.device
+        source = tensor if copy.source is None else copy.source.on(tensor)
+        copy.target.on(memory).copy_(source)
 
     def flush(self) -> None:
-        """Launch what was put off."""
-        if self._waiting:
-            from vllm.model_executor.kernels.strided_copy import copy_strided
-
-            waiting, self._waiting = self._waiting, {}
-            assert self._device is not None
-            for layout, addresses in waiting.items():
-                copy_strided(layout, addresses, self._device)
+        """Carry out what was put off."""
+        waiting, self._waiting = self._waiting, {}
+        for layout, addresses in waiting.items():
+            assert self._launch is not None
+            self._launch(layout, addresses)
 
     def discard(self) -> None:
         """Forget what was put off."""

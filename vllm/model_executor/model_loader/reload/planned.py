@@ -22,6 +22,7 @@ class PlannedCopies:
         routes: by checkpoint name.
         tensors: the staged tensors of this sync.
         on_complete: called for each staged tensor of which all that is owed is there.
+        copies: how to copy; at once by default.
 
     Attributes:
         taken: how many tensors came this way.
@@ -35,10 +36,11 @@ class PlannedCopies:
         routes: dict[str, Route],
         tensors: Iterable[StagedTensor],
         on_complete: Callable[[StagedTensor], None],
+        copies: Copies | None = None,
     ):
         self.taken = 0
         self.completed = 0
-        self.copies = Copies()
+        self.copies = copies or Copies()
         self._routes = routes
         self._tensors = {(tensor.layer, tensor.name): tensor for tensor in tensors}
         self._on_complete = on_complete

@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 _PARAM, _WEIGHT = "<param>", "<weight>"
+# A checkpoint's tensor: name, address, whether it is contiguous, shape and type.
+_Noted = tuple[str, int, bool, tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -91,28 +93,17 @@ def _without_tensors(
 
     This is run for each tensor of a cold load, and so has no helpers.
     """
-    tensors = [value for value in args if isinstance(value, torch.Tensor)]
-    tensors += [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
-    if len(tensors) < 2:
-        return args, tuple(kwargs.items()), None
-    param = tensors[0]
-    plain = tuple(
-        [  # a list is made in less time than a generator runs
-            (_PARAM if value is param else _WEIGHT)
-            if isinstance(value, torch.Tensor)
-            else value
-            for value in args
-        ]
-    )
-    named = tuple(
-        [
-            (name, _PARAM if value is param else _WEIGHT)
-            if isinstance(value, torch.Tensor)
-            else (name, value)
-            for name, value in kwargs.items()
-        ]
-    )
-    return plain, named, tensors[1]
+    values = [*args, *kwargs.values()]
+    param = weight = None
+    for i, value in enumerate(values):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if param is None or value is param:
+            param, values[i] = value, _PARAM
+        else:
+            weight, values[i] = value if weight is None else weight, _WEIGHT
+    count = len(args)
+    return tuple(values[:count]), tuple(zip(kwargs, values[count:])), weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +122,9 @@ class Sent:
     address: int
 
     @classmethod
-    def of(cls, name: str, tensor: torch.Tensor) -> "Sent":
-        address = tensor.data_ptr() if tensor.is_contiguous() else -1
-        return cls(name, TensorSpec.of(tensor), address)
+    def of(cls, noted: _Noted) -> "Sent":
+        name, address, is_contiguous, shape, dtype = noted
+        return cls(name, TensorSpec(shape, dtype), address if is_contiguous else -1)
 
     def view_at(self, address: int, spec: TensorSpec, stride: tuple) -> View | None:
         """The view of this tensor that began at an address; None if it was none."""
@@ -149,19 +140,23 @@ class WatchedWeights:
     """Which of a checkpoint's tensors is being loaded.
 
     Attributes:
-        current: the one that the model was given last.
+        current: the one that the model was given last, as `Sent.of` reads it.
 
     """
 
     def __init__(self) -> None:
-        self.current: Sent | None = None
+        self.current: _Noted | None = None
 
     def watch(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass weights on, and note each."""
         for name, tensor in weights:
-            self.current = Sent.of(name, tensor)
+            # A default device, say, is a mode that each question goes through.
+            with torch._C.DisableTorchFunction():
+                spec = tuple(tensor.shape), tensor.dtype
+                is_contiguous = tensor.is_contiguous()
+                self.current = name, tensor.data_ptr(), is_contiguous, *spec
             yield name, tensor
             self.current = None
 
@@ -219,10 +214,11 @@ class FirstLoad:
 
     def _look_at_noted(self) -> None:
         noted, self._noted = self._noted, []
-        for fields, sent, address, (shape, dtype), stride in noted:
-            call, spec = LoaderCall(*fields), TensorSpec(tuple(shape), dtype)
+        for args, kwargs, current, address, shape, dtype, stride in noted:
+            call, spec = LoaderCall(args, kwargs), TensorSpec(shape, dtype)
             self._note(call, spec)
-            view = sent and sent.view_at(address, spec, stride)
+            sent = Sent.of(current) if current else None
+            view = sent.view_at(address, spec, stride) if sent else None
             self.sources.append((sent, call, view))
 
     @property
@@ -240,19 +236,27 @@ class FirstLoad:
         self._note(call, TensorSpec.of(weight))
 
     def note_quickly(
-        self, call: list[tuple], weight: torch.Tensor, sent: Sent | None
+        self,
+        args: tuple[Any, ...],
+        kwargs: tuple[tuple[str, Any], ...],
+        weight: torch.Tensor,
+        current: _Noted | None,
     ) -> None:
-        """Note a call by a checkpoint's tensor, to be looked at when somebody asks.
+        """Note a call, to be looked at when somebody asks.
+
+        A cold load notes each of its tensors. A tuple of plain values is of no interest
+        to the garbage collector, which would visit an object again and again.
 
         Args:
-            call: the fields of a `LoaderCall`.
+            args: positional arguments of a `LoaderCall`.
+            kwargs: its named ones.
             weight: what it was given.
-            sent: what that came from.
+            current: the checkpoint's tensor that came from; see `WatchedWeights`.
 
         """
-        spec = weight.shape, weight.dtype
-        address, stride = weight.data_ptr(), weight.stride()
-        self._noted.append((call, sent, address, spec, stride))
+        spec = tuple(weight.shape), weight.dtype
+        where = weight.data_ptr(), *spec, weight.stride()
+        self._noted.append((args, kwargs, current, *where))
 
     def _note(self, call: LoaderCall, spec: TensorSpec) -> None:
         try:
@@ -322,9 +326,11 @@ class RecordingLoader:
         self._version = version
 
     def __call__(self, *args, **kwargs):
-        *call, weight = _without_tensors(args, kwargs)
+        plain, named, weight = _without_tensors(args, kwargs)
         if weight is not None:
-            self._first_load.note_quickly(call, weight, self.weights.current)
+            current = self.weights.current
+            with torch._C.DisableTorchFunction():
+                self._first_load.note_quickly(plain, named, weight, current)
         return self.original(*args, **kwargs)
 
     def close(self, version: int) -> None:

@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 
 from .agreement import agree_across_ranks
 from .commit import Commit
+from .copying import Copies, batch_launcher
 from .errors import WeightSyncError
 from .fingerprint import same_bytes
 from .first_plan import first_routes
@@ -159,7 +160,9 @@ class ReloadTransaction:
         routes = {}
         if envs.VLLM_RELOAD_PLAN:
             routes = reload.plan.routes_for(self._layout)
-        self._planned = PlannedCopies(routes, self._layers_of, self._mode.touch)
+        devices = {tensor.device for tensor in self._layers_of}
+        copies = Copies(batch_launcher(devices.pop()) if len(devices) == 1 else None)
+        self._planned = PlannedCopies(routes, self._layers_of, self._mode.touch, copies)
         self._claimed: dict[_Place, torch.Tensor] = {}
         self._loading = False
         self._failure: str | None = None
