@@ -111,6 +111,7 @@ _GEMM = Kernel(
         BLOCK_SIZE_K=128,
         SLICES_N=1,
         CHECKED_BLOCKS=16,
+        SCALE_ROWS=16,
         SCALE_COLUMNS=16,
     ),
     options=dict(num_warps=4, num_stages=3),

@@ -222,6 +222,7 @@ def test_a_list_is_copied_in_batches(make_model, cold_load, nan_memory, monkeypa
         launches.append(len(addresses))
         copy_strided(layout, addresses, CPU)
 
+    monkeypatch.setenv("VLLM_RELOAD_PLAN", "1")
     monkeypatch.setattr(transaction, "batch_launcher", lambda device: launch)
     case = CASES["qwen3_moe-fp8_block"]
     model, vllm_config = built = make_model(case, seed=1)

@@ -26,8 +26,10 @@ from vllm.model_executor.layers.fused_moe.tile import Tile
 
 __all__ = ["Routing", "fp8_grouped_gemm", "fp8_grouped_gemm_kernel"]
 
-# Few programs for many blocks, and few enough blocks for the registers of one.
+# A program checks scales of the experts of some blocks, all at once: a loop would go on
+# when all that is multiplied is done. As many as its registers hold.
 _CHECKED_BLOCKS = 16
+_CHECKED_SCALES = 256
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
@@ -101,7 +103,10 @@ def fp8_grouped_gemm(
     num_slots = c.shape[0] * c.shape[1]
     blocks_m = _blocks_in_m(num_slots, routing, tile)
     blocks_n = triton.cdiv(n, tile.block_n)
-    checkers = triton.cdiv(blocks_m, _CHECKED_BLOCKS) if watch else 0
+    scale_columns = triton.next_power_of_2(triton.cdiv(k, group_k or k))
+    scale_rows = max(_CHECKED_SCALES // scale_columns, 1)
+    strips = triton.cdiv(triton.cdiv(n, group_n or n), scale_rows)
+    checkers = triton.cdiv(blocks_m, _CHECKED_BLOCKS) * strips if watch else 0
     words = watch or scale_watch(b.device)  # one binary, whether there are checkers
     fp8_grouped_gemm_kernel[blocks_m * blocks_n + checkers,](
         a,
@@ -144,7 +149,8 @@ def fp8_grouped_gemm(
         BLOCK_SIZE_K=block_k,
         SLICES_N=tile.slices_n,
         CHECKED_BLOCKS=_CHECKED_BLOCKS,
-        SCALE_COLUMNS=triton.next_power_of_2(triton.cdiv(k, group_k or k)),
+        SCALE_ROWS=scale_rows,
+        SCALE_COLUMNS=scale_columns,
         **tile.options,
     )
 
@@ -278,6 +284,7 @@ def fp8_grouped_gemm_kernel(
     BLOCK_SIZE_K: tl.constexpr,
     SLICES_N: tl.constexpr,
     CHECKED_BLOCKS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
 ):
     """Compute one tile of C, or check scales; the launcher says what the tensors are.
@@ -288,7 +295,8 @@ def fp8_grouped_gemm_kernel(
         GROUP_K: k, a multiple of BLOCK_SIZE_K; 0 without blocks.
         SWAP_AB: multiply weights by tokens: the matrix units take no fewer than 64
             rows on the left, and any small number of columns on the right.
-        CHECKED_BLOCKS: blocks of slots whose scales one program checks.
+        CHECKED_BLOCKS: blocks of slots of whose experts one program checks scales.
+        SCALE_ROWS: how many blocks of N it checks.
         SCALE_COLUMNS: a power of two, at least the blocks of K.
 
     Example, of 3 tokens for 2 experts with T = 1 and BLOCK_SIZE_M = 2:
@@ -303,13 +311,16 @@ def fp8_grouped_gemm_kernel(
     # By programs of their own: one that multiplies has no registers left. Last in
     # the grid, they run where there is nothing left to multiply.
     if pid >= num_tiles:
+        num_rows = tl.cdiv(N, GROUP_N) if GROUP_N > 0 else 1
+        strips = tl.cdiv(num_rows, SCALE_ROWS)
         _check_scales(
-            (pid - num_tiles) * CHECKED_BLOCKS,
+            (pid - num_tiles) // strips * CHECKED_BLOCKS,
+            (pid - num_tiles) % strips * SCALE_ROWS,
             b_scale_ptr,
             experts_ptr,
             tl.load(padded_ptr),
             routed_block_m,
-            tl.cdiv(N, GROUP_N) if GROUP_N > 0 else 1,
+            num_rows,
             tl.cdiv(K, GROUP_K) if GROUP_K > 0 else 1,
             stride_bse,
             stride_bsn,
@@ -319,7 +330,7 @@ def fp8_grouped_gemm_kernel(
             host_word_ptr,
             CHECKED_BLOCKS,
             BLOCK_SIZE_M,
-            max(256 // SCALE_COLUMNS, 1),
+            SCALE_ROWS,
             SCALE_COLUMNS,
         )
         return
@@ -427,6 +438,7 @@ def fp8_grouped_gemm_kernel(
 @triton.jit
 def _check_scales(
     first_block,
+    first_row,
     scale_ptr,
     experts_ptr,
     num_used_slots,
@@ -446,6 +458,8 @@ def _check_scales(
 ):
     """Record a bad scale of the experts whose first blocks of slots are among these.
 
+    Of each expert a strip of ROWS rows of its scales is looked at.
+
     NaN, infinite and negative floats are those of the largest bit patterns. -0.0 is
     zero, and not bad.
     """
@@ -458,20 +472,19 @@ def _check_scales(
     experts = expert.to(tl.int64)[:, None]
     places = tl.arange(0, ROWS * COLUMNS)[None, :]
     columns = places % COLUMNS
-    for first_row in range(0, num_rows, ROWS):
-        rows = first_row + places // COLUMNS
-        is_scale = is_first & (rows < num_rows) & (columns < num_columns)
-        ptrs = scale_ptr + experts * stride_expert
-        ptrs += rows * stride_row + columns * stride_column
-        bits = tl.load(ptrs, is_scale, other=0.0).to(tl.uint32, bitcast=True)
-        is_bad = (bits >= 0x7F800000) & (bits != 0x80000000)
-        if tl.max(tl.max(is_bad.to(tl.int32), 1), 0) > 0:
-            words = experts << 34 | rows.to(tl.int64) << 16 | columns
-            first = tl.min(tl.min(tl.where(is_bad, words, 1 << 46), 1), 0)
-            word = first | (tl.zeros((), dtype=tl.int64) + slot) << 46
-            unclaimed = tl.zeros((), dtype=tl.int64)
-            if tl.atomic_cas(device_word_ptr, unclaimed, word) == 0:
-                tl.store(host_word_ptr, word)
+    rows = first_row + places // COLUMNS
+    is_scale = is_first & (rows < num_rows) & (columns < num_columns)
+    ptrs = scale_ptr + experts * stride_expert
+    ptrs += rows * stride_row + columns * stride_column
+    bits = tl.load(ptrs, is_scale, other=0.0).to(tl.uint32, bitcast=True)
+    is_bad = (bits >= 0x7F800000) & (bits != 0x80000000)
+    if tl.max(tl.max(is_bad.to(tl.int32), 1), 0) > 0:
+        words = experts << 34 | rows.to(tl.int64) << 16 | columns
+        first = tl.min(tl.min(tl.where(is_bad, words, 1 << 46), 1), 0)
+        word = first | (tl.zeros((), dtype=tl.int64) + slot) << 46
+        unclaimed = tl.zeros((), dtype=tl.int64)
+        if tl.atomic_cas(device_word_ptr, unclaimed, word) == 0:
+            tl.store(host_word_ptr, word)
 
 
 @triton.jit
