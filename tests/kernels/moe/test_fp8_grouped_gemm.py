@@ -157,6 +157,18 @@ def test_a_bad_scale_is_named_wherever_it_is(scaling, value, slices_n):
         assert [found.expert, found.block_n, found.block_k] == index.tolist()
 
 
+@pytest.mark.parametrize("row", [0, 255, 256, 559])
+def test_scales_of_many_programs_are_all_checked(row):
+    p = problem(8, 560, 64, "channel")
+    p.experts[:, 0], p.experts[:, 1] = 1, 2
+    p.b_scale[1, row] = float("nan")
+    watch = ScaleWatch(DEVICE)
+    run(p, tile(16), watch=watch)
+    torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+    found = watch.poll()
+    assert found is not None and (found.expert, found.block_n) == (1, row)
+
+
 @pytest.mark.parametrize("scaling", ["channel", "tensor"])
 def test_a_bad_scale_without_blocks_is_named(scaling):
     p = problem(8, 160, 208, scaling)
