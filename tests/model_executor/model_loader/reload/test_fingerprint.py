@@ -2,35 +2,85 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What comes again after a commit is compared with what was committed."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from vllm.model_executor.model_loader.reload import fingerprint
 from vllm.model_executor.model_loader.reload.errors import WeightSyncError
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
 from vllm.model_executor.model_loader.reload.staging import StagedTensor, StagingMode
 
 
-def committed(values: torch.Tensor) -> tuple[StagingMode, torch.Tensor]:
+@pytest.fixture(params=[True, False], ids=["values", "sums"], autouse=True)
+def are_values_kept(request, monkeypatch) -> bool:
+    """Whether a tensor is kept as it is, or as sums of its rows."""
+    if not request.param:
+        monkeypatch.setattr(fingerprint, "_SMALL_BYTES", -1)
+    return request.param
+
+
+def committed(values: torch.Tensor, *parts) -> tuple[StagingMode, torch.Tensor]:
+    """A tensor that was written part by part, or as a whole."""
     meta = torch.empty_like(values, device="meta")
     ledger = Ledger([Box.whole(values.shape)])
     device = torch.device("cpu")
     tensor = StagedTensor("layer", "weight", meta, device, FirstLoad(), ledger)
     mode = StagingMode([tensor])
     with mode:
-        meta.copy_(values)
+        for part in parts or [()]:
+            meta[part].copy_(values[part])
     tensor.close()
     return mode, meta
 
 
-VALUES = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
+VALUES = torch.arange(24, dtype=torch.float32).reshape(2, 4, 3)
 
 
-@pytest.mark.parametrize("index", [(), (1,), (slice(None), 1), (0, slice(1, 3))])
-def test_equal_is_ignored(index):
-    mode, meta = committed(VALUES)
+IN_PART = pytest.raises(WeightSyncError, match="in part")
+EXPERTS = [(0,), (1,)]
+HALVES = [(e, slice(*half)) for e in (0, 1) for half in ((0, 2), (2, 4))]
+ROWS = [(e, i) for e in (0, 1) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "parts, index",
+    [
+        ([()], ()),
+        (EXPERTS, ()),
+        (EXPERTS, (1,)),
+        (HALVES, (1,)),
+        (HALVES, (0, slice(0, 2))),
+        (HALVES, (1, slice(2, 4))),
+        (ROWS, (slice(None), 1)),
+        (ROWS, (0, slice(1, 3))),
+    ],
+)
+def test_equal_is_ignored(parts, index):
+    mode, meta = committed(VALUES, *parts)
     with mode:
         meta[index].copy_(VALUES[index])
+
+
+def test_equal_vectors_are_ignored():
+    mode, meta = committed(VALUES[0, 0])
+    with mode:
+        meta.copy_(VALUES[0, 0])
+
+
+def test_parts_of_what_was_written_together_have_no_sum(are_values_kept):
+    mode, meta = committed(VALUES, *HALVES)
+    with nullcontext() if are_values_kept else IN_PART, mode:
+        meta[1, 1:3].copy_(VALUES[1, 1:3])
+
+
+@pytest.mark.parametrize("parts", [[()], EXPERTS, HALVES, ROWS])
+def test_rows_that_change_places_are_refused(parts):
+    mode, meta = committed(VALUES, *parts)
+    with mode, pytest.raises(WeightSyncError, match="other values"):
+        meta[0].copy_(VALUES[0, [1, 0, 2, 3]])
 
 
 @pytest.mark.parametrize("byte", range(VALUES.nbytes))
@@ -56,9 +106,9 @@ def test_parts_of_rows_are_refused():
         meta[:, :, :2].copy_(values[:, :, :2])
 
 
-def test_equal_scalar_of_a_row_is_ignored():
+def test_an_equal_scalar_of_a_small_tensor_is_ignored(are_values_kept):
     mode, meta = committed(torch.tensor([[1.0, 2.0]]))
-    with mode:
+    with nullcontext() if are_values_kept else IN_PART, mode:
         meta[0][0].copy_(torch.tensor(1.0))
 
 

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Row sums that tell whether a tensor that comes again is the one that came before.
+"""Sums that tell whether a tensor that comes again is the one that came before.
 
 Once a layer is committed its staging is gone, and the tensors that serve may have been
-repacked. To tell a repeated tensor from a changed one, 64 bits are kept of each row:
-its bytes, as little-endian integers b[i], summed as b[i] * m[i] modulo 2**64 with
-multipliers m[i] that are odd, so that any single changed byte changes the sum.
+repacked. To tell a repeated tensor from a changed one, 64 bits are kept of the rows
+that were written together: the bytes of each, as little-endian integers b[i], summed as
+b[i] * m[i] modulo 2**64, and the sums of the rows summed in the same way. Multipliers
+m[i] are odd, so that any single changed byte changes the sum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,12 +31,19 @@ _SMALL_BYTES = 1 << 16
 
 
 class Fingerprint:
-    """What was staged of one tensor: its values if small, else sums of its rows."""
+    """What was staged of one tensor: its values if small, else sums of its rows.
 
-    def __init__(self, tensor: torch.Tensor):
+    Args:
+        tensor: what was staged.
+        boxes: how it was written.
+
+    """
+
+    def __init__(self, tensor: torch.Tensor, boxes: Iterable[Box]):
         small = tensor.nbytes <= _SMALL_BYTES
         self._values = tensor.detach().clone() if small else None
-        self._sums = None if small else _row_sums(tensor)
+        self._together = _rows_written_together(tensor, boxes)
+        self._sums = None if small else _sums(tensor, self._together)
 
     def check(self, tensor: StagedTensor, view: torch.Tensor, source: object) -> None:
         """Compare `source`, about to be written to `view`, with what was committed.
@@ -78,8 +88,20 @@ class Fingerprint:
         if len(boxes) != 1 or not whole_rows or not in_order:
             raise tensor.refuse("came again after its layer was committed, in part")
         extents = [b - a for a, b in zip(boxes[0].start, boxes[0].stop)]
-        sums = _row_sums(came.reshape(extents))
-        return torch.equal(sums, self._sums[boxes[0].slices()[:-1]])
+        *where, rows = boxes[0].slices()[:-1] or (slice(1),)
+        if rows.start and rows.start % self._together or rows.stop % self._together:
+            raise tensor.refuse("came again after its layer was committed, in part")
+        start, stop = (n and n // self._together for n in (rows.start, rows.stop))
+        sums = _sums(came.reshape(extents), self._together)
+        return torch.equal(sums, self._sums[(*where, slice(start, stop))])
+
+
+def _rows_written_together(tensor: torch.Tensor, boxes: Iterable[Box]) -> int:
+    """The largest number of rows of which every box holds a multiple."""
+    if tensor.dim() < 2:
+        return 1
+    edges = {edge for box in boxes for edge in (box.start[-2], box.stop[-2])}
+    return gcd(tensor.shape[-2], *edges)
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -92,17 +114,25 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(bytes_of_a, bytes_of_b)
 
 
-def _row_sums(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dim() == 0:
-        return _row_sums(tensor.reshape(1))
-    rows = tensor.reshape(-1, tensor.shape[-1])
+def _sums(tensor: torch.Tensor, together: int) -> torch.Tensor:
+    """Sums of a tensor [..., rows, columns] as [..., rows / together]."""
+    if tensor.dim() < 2:
+        tensor = tensor.reshape(1, -1)
+    sums = _row_sums(tensor.reshape(-1, tensor.shape[-1]))
+    sums = sums.reshape(*tensor.shape[:-2], -1, together)
+    return (sums * _multipliers(together, tensor.device)).sum(-1)
+
+
+def _row_sums(rows: torch.Tensor) -> torch.Tensor:
     row_bytes = max(1, rows.shape[-1] * rows.element_size())
-    index = torch.arange(1, -(-row_bytes // 8) + 1, device=rows.device)
-    multipliers = index * _SPREAD | 1
+    multipliers = _multipliers(-(-row_bytes // 8), rows.device)
     step = max(1, _chunk_bytes(rows.device) // row_bytes)
     chunks = (rows[i : i + step] for i in range(0, rows.shape[0], step))
-    sums = [(_words(chunk) * multipliers).sum(-1) for chunk in chunks]
-    return torch.cat(sums).reshape(tensor.shape[:-1])
+    return torch.cat([(_words(chunk) * multipliers).sum(-1) for chunk in chunks])
+
+
+def _multipliers(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(1, count + 1, device=device) * _SPREAD | 1
 
 
 def _chunk_bytes(device: torch.device) -> int:

@@ -129,31 +129,7 @@ class PristineLayer:
         known: dict[int, Any] = {self._layer_key: shadow.layer}
         for key, name in self._tensor_names.items():
             known[key] = params.get(name, buffers.get(name))
-
-        def thaw(value: Any) -> Any:
-            if isinstance(value, _Ref):
-                return (
-                    revive(value.key)
-                    if value.key in self._helpers
-                    else known[value.key]
-                )
-            if isinstance(value, MethodType) and isinstance(value.__self__, _Ref):
-                return MethodType(value.__func__, known[value.__self__.key])
-            if type(value) in (dict, list, tuple, set):
-                return _map(value, thaw)
-            return copy_if_small(value)
-
-        def revive(key: int) -> Any:
-            if key not in known:
-                helper = self._helpers[key]
-                copy: Any = object.__new__(helper.kind)
-                known[key] = copy
-                vars(copy).update({k: thaw(v) for k, v in helper.state.items()})
-                serving = helper.live()
-                if serving is not None:
-                    shadow.parts.append(ShadowPart(serving, copy, Marks(vars(copy))))
-            return known[key]
-
+        thaw = _Thaw(self._helpers, known, shadow.parts)
         state = shadow.layer.__dict__
         state.update({name: thaw(value) for name, value in self._state.items()})
         helpers = {name: thaw(value) for name, value in self._modules.items()}
@@ -164,6 +140,51 @@ class PristineLayer:
         )
         shadow.parts.append(ShadowPart(live, shadow.layer, Marks(state)))
         return shadow
+
+
+class _Thaw:
+    """Turns frozen state to that of a shadow.
+
+    No closures: two that call each other keep what they hold, a layer's memory, until
+    the garbage collector comes by.
+
+    Args:
+        helpers: helper objects by key.
+        known: what stands for a key in the shadow.
+        parts: where copies of helpers are noted.
+
+    """
+
+    def __init__(
+        self,
+        helpers: Mapping[int, _Helper],
+        known: dict[int, Any],
+        parts: list[ShadowPart],
+    ):
+        self._helpers = helpers
+        self._known = known
+        self._parts = parts
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, _Ref):
+            is_helper = value.key in self._helpers
+            return self._revive(value.key) if is_helper else self._known[value.key]
+        if isinstance(value, MethodType) and isinstance(value.__self__, _Ref):
+            return MethodType(value.__func__, self._known[value.__self__.key])
+        if type(value) in (dict, list, tuple, set):
+            return _map(value, self)
+        return copy_if_small(value)
+
+    def _revive(self, key: int) -> Any:
+        if key not in self._known:
+            helper = self._helpers[key]
+            copy: Any = object.__new__(helper.kind)
+            self._known[key] = copy
+            vars(copy).update({k: self(v) for k, v in helper.state.items()})
+            serving = helper.live()
+            if serving is not None:
+                self._parts.append(ShadowPart(serving, copy, Marks(vars(copy))))
+        return self._known[key]
 
 
 def _is_helper(value: Any) -> bool:

@@ -280,6 +280,10 @@ class FirstLoad:
         writes = other.writes
         self.writes = {call: writes[like] for call, like in pairs if like in writes}
 
+    def forget_routes(self) -> None:
+        """Drop what is of no use once the first sync has its routes."""
+        self.sources, self.writes = [], {}
+
     def boxes(self, loader: Callable, param: torch.Tensor) -> list[Box] | None:
         """Regions of `param` (on meta) that the calls write, or None if unknown.
 

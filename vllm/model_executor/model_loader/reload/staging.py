@@ -104,7 +104,7 @@ class StagedTensor:
     def close(self) -> None:
         """Take no more writes; what comes again must equal what was staged."""
         if self.written and not self.closed:
-            self.sealed = Fingerprint(self.materialize())
+            self.sealed = Fingerprint(self.materialize(), self.written)
         self.closed = True
 
     def check_repeated(self, view: torch.Tensor, source: object) -> None:

@@ -157,6 +157,8 @@ class ReloadTransaction:
         self._layout = fingerprint(model, (tensor.meta for tensor in self._layers_of))
         if reload.first_loaded and reload.plan.layout is None:
             reload.plan.take_over(first_routes(self._layers_of), self._layout)
+            for tensor in self._layers_of:
+                tensor.first_load.forget_routes()
         routes = {}
         if envs.VLLM_RELOAD_PLAN:
             routes = reload.plan.routes_for(self._layout)
@@ -281,6 +283,7 @@ class ReloadTransaction:
         )
 
     def _close(self) -> None:
+        self._claimed.clear()  # whoever still holds this holds no staged memory
         if self._reload.transaction is self:
             vars(self._model).pop("load_weights", None)
             self._reload.transaction = None
