@@ -58,6 +58,7 @@ def with_attribute(tensor, **attributes):
         ("layers.0.mlp.w13_weight", "layers.1.mlp.w2_weight"),
         ("layers.0.mlp.w13_weight", "layers.2.mlp.w13_weight"),
         ("layers.0", "layers.1.mlp"),
+        ("layers.0.mlp.experts.0.weight", "layers.1.mlp.experts.1.weight"),
         (1, 2),
         (1, True),
         ([1], [1, 2]),

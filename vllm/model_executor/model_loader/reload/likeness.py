@@ -5,6 +5,7 @@
 Code that runs over such objects does the same to both layers.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -37,7 +38,7 @@ class Likeness:
     """
 
     def __init__(self, one: str, other: str):
-        self._words = set(zip(one.split("."), other.split(".")))
+        self._differences = set(_differences(one, other))
         self._strings: dict[tuple[str, str], bool] = {}
         # Assumed of pairs while they are compared, and true if no difference is found.
         self._pairs: dict[tuple[int, int], tuple[Any, Any]] = {}
@@ -70,10 +71,9 @@ class Likeness:
         if one == other:
             return True
         if (one, other) not in self._strings:
-            words = one.split("."), other.split(".")
-            same_count = len(words[0]) == len(words[1])
-            pairs = ((a, b) for a, b in zip(*words) if a != b)
-            self._strings[one, other] = same_count and self._words.issuperset(pairs)
+            same_count = one.count(".") == other.count(".")
+            known = self._differences.issuperset(_differences(one, other))
+            self._strings[one, other] = same_count and known
         return self._strings[one, other]
 
     def _same_parts(self, one: Any, other: Any) -> bool:
@@ -97,6 +97,17 @@ class Likeness:
             return same_code and self._same(_held(one), _held(other))
         parts = fields(one)
         return one == other if parts is None else self._same(parts, fields(other))
+
+
+def _differences(one: str, other: str) -> Iterator[tuple[str, str, str]]:
+    """Words of dotted names that differ, with the word before: an expert's number is
+    not its layer's.
+    """
+    before = ""
+    for word, other_word in zip(one.split("."), other.split(".")):
+        if word != other_word:
+            yield before, word, other_word
+        before = word
 
 
 def same_layout(one: torch.Tensor, other: torch.Tensor) -> bool:
