@@ -248,15 +248,6 @@ def test_of_a_tensor_that_is_repeated_in_a_list_the_last_counts():
     assert launches == [{target.memory.data_ptr(): B.data_ptr()}]
 
 
-def test_what_was_put_off_can_be_forgotten():
-    routes = record(staged(), whole, a=A)
-    copies = Copies(lambda layout, addresses: pytest.fail("launched"))
-    copies.put_off = True
-    assert PlannedCopies(routes, [staged()], lambda _: None, copies).take("a", A)
-    copies.discard()
-    copies.flush()
-
-
 @pytest.mark.parametrize("form", [iter, list])
 @pytest.mark.parametrize("is_on", [True, False])
 def test_the_report_tells_which_way_tensors_went(

@@ -69,7 +69,3 @@ class Copies:
         for layout, addresses in waiting.items():
             assert self._launch is not None
             self._launch(layout, addresses)
-
-    def discard(self) -> None:
-        """Forget what was put off."""
-        self._waiting.clear()

@@ -247,7 +247,6 @@ class ReloadTransaction:
         if self._failure is not None:
             return
         self._failure = reason
-        self._planned.copies.discard()
         if self.mixture:
             self._reload.fenced = True
             self._reload.lost = (
