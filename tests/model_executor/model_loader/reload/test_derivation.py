@@ -102,3 +102,25 @@ def test_tensors_that_were_sent_in_another_shape_are_derived_for_themselves():
     assert [t.ledger.missing() for t in staged] == [
         [Box((e, 0, 0), (e + 1, 2, 3)) for e in range(2)]
     ] * LAYERS
+
+
+class OverlappingModel(Model):
+    """Reads each tensor's first two rows, from the third tensor on its last two."""
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            _, index, number = name.split(".")
+            param = self.layers[int(index)].weight
+            rows = weight[:2] if int(number) < 2 else weight[1:]
+            param.weight_loader(param, rows, "w", expert=int(number) % 2)
+
+
+def test_of_a_call_that_was_made_twice_nobody_knows_the_source():
+    model = OverlappingModel([Layer() for _ in range(2)])
+    names = [f"layers.0.{i}" for i in (0, 1, 2)] + [f"layers.1.{i}" for i in (0, 1, 3)]
+    sent = {name: torch.arange(9.0).view(3, 3) + i for i, name in enumerate(names)}
+    staged = first_sync(model, sent)
+    planned = PlannedCopies(first_routes(staged), staged, lambda _: None)
+    assert planned.take("layers.1.0", sent["layers.1.0"])
+    assert torch.equal(staged[1].memory[0], sent["layers.1.0"][:2])
+    assert not planned.take("layers.1.3", sent["layers.1.3"])
