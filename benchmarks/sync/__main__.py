@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Times cold loads and syncs of the base and of the fork, in turns.
 
-python -m benchmarks.sync --layers 8 --experts 128 --out build/sync.json
+python -m benchmarks.sync --model narrow --out build/sync.json
 """
 
 import argparse
@@ -20,11 +20,21 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch._subclasses import FakeTensorMode
 
-from benchmarks.sync.workload import Workload
+from benchmarks.sync.workload import MODELS, Workload
 from demo.side import QUIET, released
 from overlay.base import ROOT
-from tests.checkpoints import write_checkpoint
+
+# What is measured in a repetition: its name, and what a side is told.
+ROUND = (
+    ("cold load", "load"),
+    ("first sync", "sync"),
+    ("sync", "sync"),
+    ("sync", "sync"),
+)
+Answer = dict[str, Any]
+Answers = dict[str, dict[str, list[Answer]]]
 
 
 class SideProcess:
@@ -43,15 +53,16 @@ class SideProcess:
             env=os.environ | QUIET | environment,
         )
 
-    def seconds(self, command: str) -> float:
-        """Tell the side what to do, and return how long it took."""
+    def tell(self, command: str) -> Answer:
+        """Tell the side what to do, and return what it measured."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         print(command, file=process.stdin, flush=True)
         for line in process.stdout:
-            if line.startswith("seconds "):
-                return float(line.split()[1])
-        raise RuntimeError(f"a side ended at {command}, see {self._log.name}")
+            if line.startswith('{"seconds"'):
+                return json.loads(line)
+        said = Path(self._log.name).read_text()[-4000:]
+        raise RuntimeError(f"a side ended at {command}:\n{said}")
 
     def close(self) -> None:
         self._process.kill()
@@ -60,70 +71,80 @@ class SideProcess:
 
 
 @contextmanager
-def sides(workload: Workload, folder: Path) -> Iterator[dict[str, SideProcess]]:
-    """Start the base and the fork."""
-    write_checkpoint(workload.case, seed=1, folder=folder / "model")
-    environments = {"base": released(folder).environment, "fork": {"PYTHONPATH": ""}}
+def sides(
+    workload: Workload, folder: Path, base: Path | None
+) -> Iterator[dict[str, SideProcess]]:
+    """Start the base and the fork, on a checkpoint that one of them wrote."""
+    tree = dict(PYTHONPATH=str(base)) if base else released(folder).environment
+    environments = {"base": tree, "fork": {}}
     running = {n: SideProcess(e, folder, workload) for n, e in environments.items()}
     try:
+        running["fork"].tell("write")
         yield running
     finally:
         for side in running.values():
             side.close()
 
 
-def measure(workload: Workload, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by kind of work and side: cold loads, first syncs, later syncs."""
-    times: dict[str, dict[str, list[float]]] = {
-        kind: {"base": [], "fork": []} for kind in ("cold load", "first sync", "sync")
-    }
-    with TemporaryDirectory() as name, sides(workload, Path(name)) as running:
+def measure(workload: Workload, repeats: int, base: Path | None) -> Answers:
+    """Answers by kind of work and side."""
+    kinds = [*dict.fromkeys(kind for kind, _ in ROUND), "copy"]
+    answers: Answers = {kind: {"base": [], "fork": []} for kind in kinds}
+    with TemporaryDirectory() as name, sides(workload, Path(name), base) as running:
         for side in running.values():
-            side.seconds("load")  # imports, and warms the file cache
+            side.tell("load")  # imports, and warms the file cache
         for _ in range(repeats):
-            for kind, command in (
-                ("cold load", "load"),
-                ("first sync", "sync"),
-                ("sync", "sync"),
-                ("sync", "sync"),
-            ):
+            for kind, command in (*ROUND, ("copy", "copy")):
                 for side_name, side in running.items():
-                    times[kind][side_name].append(side.seconds(command))
-    return times
+                    answers[kind][side_name].append(side.tell(command))
+    return answers
 
 
-def table(times: dict[str, dict[str, list[float]]], tensors: int) -> Table:
-    """Medians, and the least and the most of each."""
-    table = Table("", "base, s", "fork, s", "fork / base", "fork, us a tensor")
-    for kind, sides in times.items():
-        base, fork = (median(sides[name]) for name in ("base", "fork"))
+def table(answers: Answers, tensors: int, size: int) -> Table:
+    """Medians, and the least and the most of each.
+
+    Args:
+        answers: what was measured.
+        tensors: how many tensors a sync sends.
+        size: their bytes.
+
+    """
+    columns = "fork / base", "fork, us a tensor", "fork, GB/s", "peak, MiB"
+    table = Table("", "base, s", "fork, s", *columns)
+    for kind, sides in answers.items():
+        seconds = {name: [a["seconds"] for a in s] for name, s in sides.items()}
+        base, fork = map(median, seconds.values())
         cells = [
-            f"{median(s):.3f} ({min(s):.3f} to {max(s):.3f})" for s in sides.values()
+            f"{median(s):.4f} ({min(s):.4f} to {max(s):.4f})" for s in seconds.values()
         ]
-        per_tensor = f"{fork / tensors * 1e6:.1f}"
-        table.add_row(kind, *cells, f"{fork / base:.3f}", per_tensor)
+        rates = f"{fork / tensors * 1e6:.1f}", f"{size / fork / 1e9:.1f}"
+        peaks = [max(a["peak"] or 0 for a in s) >> 20 for s in sides.values()]
+        peak = "{} → {}".format(*peaks) if any(peaks) else ""
+        table.add_row(kind, *cells, f"{fork / base:.3f}", *rates, peak)
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--intermediate", type=int, default=128)
+    parser.add_argument("--model", choices=MODELS, default="narrow")
+    for size in ("layers", "experts", "hidden", "intermediate"):
+        parser.add_argument(f"--{size}", type=int, help="other than the model's")
     parser.add_argument("--bucket", type=int, default=64 << 20, help="bytes")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--base", type=Path, help="folder that holds a released vLLM")
     parser.add_argument("--out", type=Path)
-    options = vars(parser.parse_args())
-    out, repeats = options.pop("out"), options.pop("repeats")
-    workload = Workload(**options)
-    tensors = sum(1 for _ in workload.case.tensors(1))
-    times = measure(workload, repeats)
-    Console().print(table(times, tensors))
-    if out is not None:
-        result: dict[str, Any] = dict(workload=options, tensors=tensors, seconds=times)
-        result["vllm"] = version("vllm")
-        out.write_text(json.dumps(result, indent=2) + "\n")
+    options = parser.parse_args()
+    asked = options.layers, options.experts, options.hidden, options.intermediate
+    sizes = [a or size for a, size in zip(asked, MODELS[options.model])]
+    workload = Workload(*sizes, options.bucket)
+    with FakeTensorMode():
+        sent = [tensor.nbytes for _, tensor in workload.case.tensors(seed=1)]
+    answers = measure(workload, options.repeats, options.base)
+    Console(width=130).print(table(answers, len(sent), sum(sent)))
+    if options.out is not None:
+        result = dict(workload=workload.arguments, tensors=len(sent), bytes=sum(sent))
+        result |= dict(vllm=version("vllm"), answers=answers)
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,16 @@ from dataclasses import astuple, dataclass, replace
 
 from tests.checkpoints import CASES, Case
 
-__all__ = ["Workload"]
+__all__ = ["MODELS", "Workload"]
+
+# Layers, experts, hidden and intermediate size; DeepSeek-V3's layers that have experts.
+MODELS = {
+    "Qwen3-30B-A3B": (48, 128, 2048, 768),
+    "Qwen3-235B-A22B": (94, 128, 4096, 1536),
+    "DeepSeek-V3": (58, 256, 7168, 2048),
+    "Mixtral-8x7B": (32, 8, 4096, 14336),
+    "narrow": (8, 128, 128, 128),
+}
 
 
 @dataclass(frozen=True)

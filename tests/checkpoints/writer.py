@@ -12,7 +12,7 @@ from .tokenizer import write_tokenizer
 
 
 def write_checkpoint(
-    case: Case, seed: int, folder: Path, tokenizer: bool = False
+    case: Case, seed: int, folder: Path, tokenizer: bool = False, device: str = "cpu"
 ) -> Path:
     """Write a checkpoint that vLLM loads like a released one.
 
@@ -21,13 +21,14 @@ def write_checkpoint(
         seed: Another seed changes every tensor.
         folder: Where to; made if it is not there.
         tokenizer: Add a tokenizer, so that the model takes and gives text.
+        device: Where the values are drawn, see `Case.tensors`.
 
     Returns:
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(case.config(), indent=1))
-    tensors = {name: tensor.contiguous() for name, tensor in case.tensors(seed)}
+    tensors = {n: t.cpu().contiguous() for n, t in case.tensors(seed, device)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         write_tokenizer(folder, case.sizes.vocab)
