@@ -6,8 +6,9 @@ PYTHON ?= python3
 BASE ?=
 # The release on which the defect was reported, as far as a CPU has it.
 REPORTED_BASE := 0.22.1
-GPU_TESTS := $(addprefix tests/kernels/moe/test_, scale_scan.py fp8_grouped_gemm.py \
-	fp8_experts.py against_base.py) tests/v1/engine/test_bad_scale_engine.py
+GPU_TESTS := $(addprefix tests/kernels/, test_strided_copy.py moe/test_scale_scan.py \
+	moe/test_fp8_grouped_gemm.py moe/test_fp8_experts.py moe/test_against_base.py) \
+	tests/v1/engine/test_bad_scale_engine.py
 
 export HF_HUB_OFFLINE := 1
 export VLLM_CPU_KVCACHE_SPACE := 1

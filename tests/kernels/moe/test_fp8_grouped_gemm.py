@@ -87,6 +87,18 @@ def test_a_tile_may_be_a_part_of_a_block():
     assert torch.equal(out, run(p, tile(16)))
 
 
+@pytest.mark.parametrize("routed_block_m", [128, 256])
+@pytest.mark.parametrize("tma_b", [False, True])
+def test_a_tile_with_few_slots_is_cut_in_half(tma_b, routed_block_m):
+    p = problem(100, 128, 128, (128, 128))
+    p.experts[:, 0] = 0  # a tile with more than half of its slots
+    p.experts[:, 1] = torch.tensor([1] * 64 + [2] * 35 + [3], device=DEVICE)
+    cut = tile(128, 128, slices_n=2, tma_b=tma_b)
+    out = run(p, cut, routed_block_m=routed_block_m)
+    assert_close(out, p.expected())
+    assert torch.equal(out, run(p, tile(64))), "a tile's height changes no sum"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bias_and_routing_weights(dtype):
     p = problem(9, 96, 128, (32, 64))

@@ -334,23 +334,113 @@ def fp8_grouped_gemm_kernel(
             SCALE_COLUMNS,
         )
         return
-    SLICE: tl.constexpr = BLOCK_SIZE_N // SLICES_N
-    IS_GATED: tl.constexpr = c_scale_ptr is not None
     # Blocks of one expert follow each other, and share its weights in the L2 cache.
     first_m = pid // (group_size_m * num_blocks_n) * group_size_m
     group_m = min(num_blocks_m - first_m, group_size_m)
     in_group = pid % (group_size_m * num_blocks_n)
-    pid_m = first_m + in_group % group_m
+    first_slot = (first_m + in_group % group_m) * BLOCK_SIZE_M
     pid_n = in_group // group_m
-    if pid_m * BLOCK_SIZE_M >= tl.load(padded_ptr):
+    if first_slot >= tl.load(padded_ptr):
         return
+    # Padding ends the slots of an expert: what begins with it holds nothing else.
+    HEIGHTS: tl.constexpr = 2 if slots_ptr is not None and BLOCK_SIZE_M >= 128 else 1
+    halvings = 0
+    if slots_ptr is not None:
+        slots_ptr += first_slot
+        if tl.load(slots_ptr) >= num_slots:
+            return
+        if HEIGHTS == 2:
+            is_short = tl.load(slots_ptr + BLOCK_SIZE_M // 2) >= num_slots
+            halvings = is_short.to(tl.int32)
+    for height in tl.static_range(HEIGHTS):
+        if halvings == height:
+            _multiply(
+                first_slot,
+                pid_n,
+                a_ptr,
+                b_ptr,
+                b_desc,
+                c_ptr,
+                c_scale_ptr,
+                bias_ptr,
+                a_scale_ptr,
+                b_scale_ptr,
+                topk_weights_ptr,
+                slots_ptr,
+                experts_ptr,
+                N,
+                K,
+                num_slots,
+                routed_block_m,
+                stride_am,
+                stride_be,
+                stride_bn,
+                stride_cm,
+                stride_asm,
+                stride_ask,
+                stride_bse,
+                stride_bsn,
+                stride_bsk,
+                stride_bias_e,
+                GROUP_N,
+                GROUP_K,
+                TOP_K,
+                SWAP_AB,
+                BLOCK_SIZE_M >> height,
+                BLOCK_SIZE_N,
+                BLOCK_SIZE_K,
+                SLICES_N,
+            )
+
+
+@triton.jit
+def _multiply(
+    first_slot,
+    pid_n,
+    a_ptr,
+    b_ptr,
+    b_desc,
+    c_ptr,
+    c_scale_ptr,
+    bias_ptr,
+    a_scale_ptr,
+    b_scale_ptr,
+    topk_weights_ptr,
+    slots_ptr,
+    experts_ptr,
+    N,
+    K,
+    num_slots,
+    routed_block_m,
+    stride_am,
+    stride_be,
+    stride_bn,
+    stride_cm,
+    stride_asm,
+    stride_ask,
+    stride_bse,
+    stride_bsn,
+    stride_bsk,
+    stride_bias_e,
+    GROUP_N: tl.constexpr,
+    GROUP_K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SWAP_AB: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
+    SLICES_N: tl.constexpr,
+):
+    """Compute one tile of C; `slots_ptr` points to the first of its slots."""
+    SLICE: tl.constexpr = BLOCK_SIZE_N // SLICES_N
+    IS_GATED: tl.constexpr = c_scale_ptr is not None
     offs_m = tl.arange(0, BLOCK_SIZE_M)
     if slots_ptr is None:
-        slots = tl.where(offs_m == 0, pid_m, num_slots)
-        expert = tl.load(experts_ptr + pid_m).to(tl.int64)
+        slots = tl.where(offs_m == 0, first_slot // BLOCK_SIZE_M, num_slots)
+        expert = tl.load(experts_ptr + first_slot // BLOCK_SIZE_M).to(tl.int64)
     else:
-        slots = tl.load(slots_ptr + pid_m * BLOCK_SIZE_M + offs_m)
-        expert = tl.load(experts_ptr + pid_m * BLOCK_SIZE_M // routed_block_m)
+        slots = tl.load(slots_ptr + offs_m)
+        expert = tl.load(experts_ptr + first_slot // routed_block_m)
         expert = expert.to(tl.int64)
     is_token = slots < num_slots
     c_rows = c_ptr + slots.to(tl.int64) * stride_cm
