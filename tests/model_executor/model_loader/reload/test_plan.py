@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A tensor takes its loader's way past the loader, or goes through it again."""
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,11 +167,9 @@ def test_what_does_not_fit_goes_through_its_loader(tensor):
     assert planned.taken == 0
 
 
-def model_with(expert_map, balanced=False):
+def model_with(expert_map):
     model = torch.nn.Module()
     model.expert_map = torch.tensor(expert_map)
-    parallel = SimpleNamespace(enable_eplb=balanced)
-    model.moe_config = SimpleNamespace(moe_parallel_config=parallel)
     return model
 
 
@@ -192,13 +189,6 @@ def test_a_plan_dies_with_the_model_that_it_was_made_for():
         assert not plan.routes_for(other)
     plan.take_over({"b": route}, fingerprint(model_with([1, 0, -1]), metas))
     assert set(plan.routes) == {"b"}
-
-
-def test_experts_that_are_balanced_have_no_plan():
-    layouts = [fingerprint(model_with([0, 1], balanced=True), []) for _ in range(2)]
-    plan = Plan()
-    plan.take_over({"a": Route(TensorSpec.of(A), ())}, layouts[0])
-    assert not plan.routes_for(layouts[1])
 
 
 def test_a_sync_of_a_part_adds_nothing_to_the_plan(make_model):

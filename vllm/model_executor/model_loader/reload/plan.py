@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from vllm.model_executor.kernels.strided import Strided
 
 from .ledger import Box
+from .placement import ExpertPlacement
 from .recording import TensorSpec
 from .view import View
 
@@ -115,25 +115,23 @@ class Plan:
         self.routes |= routes
 
 
-def fingerprint(model: torch.nn.Module, metas: Iterable[torch.Tensor]) -> object:
+def fingerprint(
+    model: torch.nn.Module,
+    metas: Iterable[torch.Tensor],
+    placements: Iterable[ExpertPlacement] = (),
+) -> object:
     """What routes depend on besides the names: layers' tensors and expert maps.
 
     Args:
         model: the model.
         metas: its tensors in checkpoint format.
+        placements: where its experts are, where they are balanced.
 
     Returns:
-        A value that compares equal as long as nothing changed. With expert load
-        balancing it never does: experts move between syncs.
+        A value that compares equal as long as nothing changed.
 
     """
-    if any(_is_balanced(layer) for layer in model.modules()):
-        return object()
     maps = (getattr(layer, "expert_map", None) for layer in model.modules())
     local = [m.tolist() for m in maps if isinstance(m, torch.Tensor)]
-    return [(m.shape, m.stride(), m.dtype) for m in metas], local
-
-
-def _is_balanced(layer: Any) -> bool:
-    config = getattr(layer, "moe_config", None)
-    return getattr(getattr(config, "moe_parallel_config", None), "enable_eplb", False)
+    layouts = [(m.shape, m.stride(), m.dtype) for m in metas]
+    return layouts, local, list(placements)

@@ -25,6 +25,7 @@ from .checks import check_castable
 from .errors import Finding, WeightSyncError
 from .fingerprint import Fingerprint
 from .ledger import Box, Ledger, boxes_of_view
+from .placement import ExpertPlacement
 from .recording import FirstLoad, LoaderCall, TensorSpec, wrote
 from .regions import describe, shard_box
 from .routing import RouteRecorder
@@ -137,15 +138,28 @@ class StagedTensor:
 
 
 class StagedLoader:
-    """The weight loader that a staged tensor shows: the original, under staging."""
+    """The weight loader that a staged tensor shows: the original, under staging.
+
+    Args:
+        original: the loader that the tensor was created with.
+        tensor: the staged tensor.
+        run: what is called in its place; calls `load`.
+        placement: where experts are, if they have moved since then.
+
+    """
 
     def __init__(
-        self, original: Callable, tensor: StagedTensor, run: Callable[..., Any]
+        self,
+        original: Callable,
+        tensor: StagedTensor,
+        run: Callable[..., Any],
+        placement: ExpertPlacement | None = None,
     ):
         update_wrapper(self, original)
         self.original = original
         self.tensor = tensor
         self._run = run
+        self._placement = placement
 
     def __call__(self, *args, **kwargs):
         return self._run(self, args, kwargs)
@@ -164,6 +178,8 @@ class StagedLoader:
             return self.original(*args, **kwargs)
         self._check(call, first.expected(call), weight)
         self.tensor.calls.note(call, weight)
+        if self._placement is not None:
+            return self._placement.load(self.original, args, kwargs)
         result = self.original(*args, **kwargs)
         if not (first.calls or first.ambiguous):
             self._check_filled(call, weight)

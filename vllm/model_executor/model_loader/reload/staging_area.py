@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Laying out the staged tensors of a whole model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from .derivation import Derivation
 from .first_load import original_loader, owed_by, set_loader
 from .meta import to_meta_tensor
+from .placement import ExpertPlacement
 from .recording import FirstLoad
 from .registry import get_layerwise_info
 from .sanitize import restore_layer_refs
@@ -19,7 +20,10 @@ __all__ = ["stage_model"]
 
 
 def stage_model(
-    model: torch.nn.Module, first_loaded: bool, run: Callable[..., Any]
+    model: torch.nn.Module,
+    first_loaded: bool,
+    run: Callable[..., Any],
+    placements: Mapping[torch.nn.Module, ExpertPlacement] | None = None,
 ) -> list[StagedLayer]:
     """A staged layer for each module of `model` that has tensors of its own.
 
@@ -27,17 +31,24 @@ def stage_model(
         model: the model to stage.
         first_loaded: whether a first load told what is owed.
         run: calls the loader of a staged tensor; see `StagedLoader`.
+        placements: where experts are, of layers in which they have moved.
 
     """
-    area = _StagingArea(first_loaded, run)
+    area = _StagingArea(first_loaded, run, placements or {})
     layers = [area.stage(name, layer) for name, layer in model.named_modules()]
     return [layer for layer in layers if layer.params or layer.buffers]
 
 
 class _StagingArea:
-    def __init__(self, first_loaded: bool, run: Callable[..., Any]):
+    def __init__(
+        self,
+        first_loaded: bool,
+        run: Callable[..., Any],
+        placements: Mapping[torch.nn.Module, ExpertPlacement],
+    ):
         self._first_loaded = first_loaded
         self._run = run
+        self._placements = placements
         self._derivation = Derivation()
         self._tied: dict[int, StagedTensor] = {}
 
@@ -75,6 +86,8 @@ class _StagingArea:
         device = info.restore_device
         tensor = StagedTensor(staged.name, name, meta, device, first_load, ledger)
         tensor.optional = meta.is_floating_point() and not self._first_loaded
-        set_loader(meta, StagedLoader(original_loader(meta), tensor, self._run))
+        placement = self._placements.get(staged.layer)
+        loader = StagedLoader(original_loader(meta), tensor, self._run, placement)
+        set_loader(meta, loader)
         staged.owner_of.append(tensor)
         return tensor

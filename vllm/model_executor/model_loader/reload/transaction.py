@@ -22,6 +22,7 @@ from .copying import Copies, batch_launcher
 from .errors import WeightSyncError
 from .fingerprint import same_bytes
 from .first_plan import first_routes
+from .placement import expert_placements
 from .plan import Plan, fingerprint
 from .planned import PlannedCopies
 from .processing import is_attention, prepare_layer, unservable
@@ -144,7 +145,10 @@ class ReloadTransaction:
         self._policy = policy
         self._load_weights: Any = getattr(model, "load_weights", None)
         self._exposed = exposed or self._load_weights is None
-        self._layers = stage_model(model, reload.first_loaded, self._run_loader)
+        placements = expert_placements(model)
+        self._layers = stage_model(
+            model, reload.first_loaded, self._run_loader, placements
+        )
         self._layers_of: dict[StagedTensor, list[StagedLayer]] = {}
         for layer in self._layers:
             for tensor in layer.tensors:
@@ -154,8 +158,10 @@ class ReloadTransaction:
         self._deferred.update(attention)
         self._recorder = RouteRecorder()
         self._mode = StagingMode(self._layers_of, self._recorder)
-        self._layout = fingerprint(model, (tensor.meta for tensor in self._layers_of))
-        if reload.first_loaded and reload.plan.layout is None:
+        metas = [tensor.meta for tensor in self._layers_of]
+        self._layout = fingerprint(model, metas, placements.values())
+        # What the first load wrote says nothing of experts that have moved since.
+        if reload.first_loaded and reload.plan.layout is None and not placements:
             reload.plan.take_over(first_routes(self._layers_of), self._layout)
             for tensor in self._layers_of:
                 tensor.first_load.forget_routes()
