@@ -2,7 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A tensor takes its loader's way past the loader, or goes through it again."""
 
-
 import pytest
 import torch
 
