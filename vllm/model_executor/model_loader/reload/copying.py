@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from ctypes import memmove
 from functools import partial
 
 import torch
@@ -17,6 +18,9 @@ from .plan import Copy
 __all__ = ["Copies", "batch_launcher"]
 
 Launch = Callable[[Strided, Mapping[int, int]], None]
+
+# Of longer runs torch has its threads copy a share each.
+_BYTES_OF_ONE_THREAD = 1 << 15
 
 
 def batch_launcher(device: torch.device) -> Launch | None:
@@ -35,7 +39,9 @@ class Copies:
         copies.flush()                      # before anybody reads the memory, or
                                             # changes a tensor
 
-    A tensor that is on another device, or is cast on the way, is copied at once.
+    A tensor that is on another device, or is cast on the way, is copied at once. So is
+    all on a CPU, short runs without torch, which takes longer to prepare such a copy
+    than to make it.
 
     Args:
         launch: carries out many copies of a shape, from source to target addresses by
@@ -52,16 +58,20 @@ class Copies:
         self._waiting: dict[Strided, dict[int, int]] = {}
 
     def add(self, copy: Copy, tensor: torch.Tensor, memory: torch.Tensor) -> None:
-        """Copy a part of `tensor` to a part of `memory`, both without gradients."""
+        """Copy a part of `tensor` to a part of `memory`."""
+        layout = copy.layout
         may_wait = self.put_off and self._launch is not None
-        if may_wait and copy.layout is not None and tensor.device == memory.device:
+        if may_wait and layout is not None and tensor.device == memory.device:
             target = memory.data_ptr() + copy.target_bytes
             # Of a repeated target the last source counts.
-            waiting = self._waiting.setdefault(copy.layout, {})
+            waiting = self._waiting.setdefault(layout, {})
             waiting[target] = tensor.data_ptr() + copy.source_bytes
-            return
-        source = tensor if copy.source is None else copy.source.on(tensor)
-        copy.target.on(memory).copy_(source)
+        elif layout and _is_short(layout) and tensor.is_cpu and memory.is_cpu:
+            target = memory.data_ptr() + copy.target_bytes
+            memmove(target, tensor.data_ptr() + copy.source_bytes, layout.row_bytes)
+        else:
+            source = tensor if copy.source is None else copy.source.on(tensor)
+            copy.target.on(memory.data).copy_(source)
 
     def flush(self) -> None:
         """Carry out what was put off."""
@@ -69,3 +79,8 @@ class Copies:
         for layout, addresses in waiting.items():
             assert self._launch is not None
             self._launch(layout, addresses)
+
+
+def _is_short(layout: Strided) -> bool:
+    """Whether it is one run that torch would copy on one thread."""
+    return layout.outer == layout.rows == 1 and layout.row_bytes <= _BYTES_OF_ONE_THREAD

@@ -111,7 +111,7 @@ class Ledger:
         self.written: list[Box] = []
         self._open = self._owed
         self._open_numel = self._total
-        self._noted: list[Box] = []
+        self._settled = 0
         self._noted_numel = 0
 
     def fresh(self) -> "Ledger":
@@ -123,12 +123,12 @@ class Ledger:
     def write(self, box: Box) -> None:
         """Note that every element of `box` was written."""
         self.written.append(box)
-        self._noted.append(box)
         self._noted_numel += box.numel
 
     def _settle(self) -> None:
         """Subtract what was noted from what is owed."""
-        noted, self._noted, self._noted_numel = self._noted, [], 0
+        noted = self.written[self._settled :]
+        self._settled, self._noted_numel = len(self.written), 0
         if self._open is self._owed:
             if self._boxes.issubset(noted):  # written as it was owed
                 self._open, self._open_numel = {}, 0

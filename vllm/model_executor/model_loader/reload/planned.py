@@ -68,7 +68,7 @@ class PlannedCopies:
             source = tensor if copy.source is None else copy.source.on(tensor)
             staged.check_repeated(copy.target.on(staged.meta), source)
             return
-        self.copies.add(copy, tensor, staged.materialize().data)
+        self.copies.add(copy, tensor, staged.materialize())
         staged.note_boxes(copy.boxes)
         if staged.ledger.complete:
             self.completed += 1
