@@ -88,6 +88,38 @@ def test_a_route_casts_as_its_loader_did():
     assert torch.equal(target.memory, B.bfloat16())
 
 
+@pytest.mark.parametrize("columns", [1, 4096, 4097])
+def test_short_and_long_runs_are_copied_alike(columns):
+    """Up to 32 KiB, and more, in two runs of two rows."""
+    sent = torch.arange(8.0 * columns).view(2, 4, columns)
+    routes = record(staged((4, columns)), rows, a=sent[0])
+    target = staged((4, columns))
+    assert PlannedCopies(routes, [target], lambda _: None).take("a", sent[1])
+    assert torch.equal(target.memory, torch.cat([sent[1, 2:], sent[1, :2]]))
+
+
+class Wrapper(torch.Tensor):
+    """A tensor around another one, as DTensor is."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        like = dict(dtype=inner.dtype, device=inner.device)
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **like)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def test_a_tensor_without_memory_of_its_own_takes_no_route():
+    routes = record(staged(), whole, a=A)
+    copies = Copies(lambda layout, addresses: None)
+    copies.put_off = True
+    planned = PlannedCopies(routes, [staged()], lambda _: None, copies)
+    assert not planned.take("a", Wrapper(B))
+    assert planned.take("a", torch.nn.Parameter(B))
+
+
 def by_value(meta, tensor):
     if tensor.max() > 0:
         meta.data.copy_(tensor)

@@ -23,6 +23,8 @@ from .view import View
 
 __all__ = ["Copy", "Plan", "Route", "fingerprint"]
 
+_PLAIN = torch.Tensor.__torch_dispatch__
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:
@@ -87,6 +89,8 @@ class Route:
             tensor.shape == self.spec.shape
             and tensor.dtype == self.spec.dtype
             and tensor.is_contiguous()
+            # A subclass with operators of its own may have no memory of its own.
+            and type(tensor).__torch_dispatch__ is _PLAIN
         )
 
 
