@@ -123,3 +123,10 @@ def test_other_values_through_a_square_transpose_are_refused():
     mode, meta = committed(values)
     with mode, pytest.raises(WeightSyncError):
         meta.t().copy_(values)
+
+
+def test_a_matrix_product_wraps_as_a_sum_does():
+    words = torch.randint(-(2**63), 2**63 - 1, (5, 300))
+    multipliers = torch.randint(-(2**63), 2**63 - 1, (300,))
+    expected = (words * multipliers).sum(-1)  # what other devices compute
+    assert torch.equal(fingerprint._weighted_sums(words, multipliers), expected)

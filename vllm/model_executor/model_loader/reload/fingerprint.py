@@ -128,7 +128,13 @@ def _row_sums(rows: torch.Tensor) -> torch.Tensor:
     multipliers = _multipliers(-(-row_bytes // 8), rows.device)
     step = max(1, _chunk_bytes(rows.device) // row_bytes)
     chunks = (rows[i : i + step] for i in range(0, rows.shape[0], step))
-    return torch.cat([(_words(chunk) * multipliers).sum(-1) for chunk in chunks])
+    return torch.cat([_weighted_sums(_words(chunk), multipliers) for chunk in chunks])
+
+
+def _weighted_sums(words: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
+    if words.device.type == "cpu":  # no other device multiplies integer matrices
+        return words @ multipliers
+    return (words * multipliers).sum(-1)
 
 
 def _multipliers(count: int, device: torch.device) -> torch.Tensor:

@@ -24,6 +24,7 @@ from . import meta as meta_tensors
 from .checks import check_castable
 from .errors import Finding, WeightSyncError
 from .fingerprint import Fingerprint
+from .huge_pages import prefer_huge_pages
 from .ledger import Box, Ledger, boxes_of_view
 from .placement import ExpertPlacement
 from .recording import FirstLoad, LoaderCall, TensorSpec, wrote
@@ -72,6 +73,7 @@ class StagedTensor:
         """Its memory; allocated, and set to the create-time value, on first use."""
         if self.memory is None:
             memory = meta_tensors.materialize_meta_tensor(self.meta, self.device)
+            prefer_huge_pages(memory.data)
             self.memory = memory
             if self.initial is not None:
                 self.memory.data.copy_(self.initial)
