@@ -15,6 +15,15 @@ from .bucket import chunks
 from .case import Case
 from .cases import CASES
 from .slots import Part, Sizes, Slot
-from .writer import write_checkpoint
+from .writer import write_checkpoint, write_shards
 
-__all__ = ["CASES", "Case", "Part", "Sizes", "Slot", "chunks", "write_checkpoint"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Part",
+    "Sizes",
+    "Slot",
+    "chunks",
+    "write_checkpoint",
+    "write_shards",
+]

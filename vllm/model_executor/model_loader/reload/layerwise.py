@@ -25,6 +25,7 @@ from .errors import WeightSyncError
 from .first_load import finish_recording, original_loader, start_recording
 from .meta import SKIP_LOAD_TENSORS
 from .online import OnlineLoad
+from .plan import Route
 from .processing import is_attention
 from .registry import LAYERWISE_INFO, get_layerwise_info
 from .status import ReloadStatus
@@ -44,6 +45,7 @@ __all__ = [
     "initialize_layerwise_reload",
     "initialize_online_processing",
     "mark_inconsistent",
+    "planned_routes",
     "record_metadata_for_reloading",
     "reload_status",
 ]
@@ -121,6 +123,14 @@ def abort_layerwise_reload(model: torch.nn.Module, reason: str) -> None:
 def reload_status(model: torch.nn.Module) -> ReloadStatus:
     """What can be said of the weights that `model` serves."""
     return _model_reload(_unwrapped(model)).status
+
+
+def planned_routes(model: torch.nn.Module) -> dict[str, Route]:
+    """The routes that the open sync takes, by checkpoint name; none without a sync."""
+    transaction = _model_reload(_unwrapped(model)).transaction
+    if isinstance(transaction, ReloadTransaction) and transaction.is_open:
+        return transaction.routes
+    return {}
 
 
 def mark_inconsistent(model: torch.nn.Module, reason: str, fenced: bool = True) -> None:

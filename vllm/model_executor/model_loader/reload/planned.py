@@ -25,6 +25,7 @@ class PlannedCopies:
         copies: how to copy; at once by default.
 
     Attributes:
+        routes: by checkpoint name.
         taken: how many tensors came this way.
         completed: how many writes left a staged tensor complete.
         copies: those to staged memory, which may have been put off.
@@ -41,7 +42,7 @@ class PlannedCopies:
         self.taken = 0
         self.completed = 0
         self.copies = copies or Copies()
-        self._routes = routes
+        self.routes = routes
         self._tensors = {(tensor.layer, tensor.name): tensor for tensor in tensors}
         self._on_complete = on_complete
 
@@ -52,7 +53,7 @@ class PlannedCopies:
             WeightSyncError: its layer is committed, and it holds other values.
 
         """
-        route = self._routes.get(name)
+        route = self.routes.get(name)
         if route is None or not route.fits(tensor):
             return False
         if tensor.requires_grad:

@@ -23,7 +23,7 @@ from .errors import WeightSyncError
 from .fingerprint import same_bytes
 from .first_plan import first_routes
 from .placement import expert_placements
-from .plan import Plan, fingerprint
+from .plan import Plan, Route, fingerprint
 from .planned import PlannedCopies
 from .processing import is_attention, prepare_layer, unservable
 from .registry import get_layerwise_info
@@ -186,6 +186,11 @@ class ReloadTransaction:
         committed = sum(layer.committed for layer in self._layers)
         total = len(self._layers)
         return f"{committed} of {total} layers are committed" if committed else ""
+
+    @property
+    def routes(self) -> dict[str, Route]:
+        """Where tensors go past the model, by checkpoint name."""
+        return self._planned.routes
 
     def open(self) -> None:
         """Take the model's `load_weights`, or show the staged tensors."""

@@ -19,6 +19,13 @@ class View:
     stride: tuple[int, ...]
     offset: int
 
+    @property
+    def extent(self) -> int:
+        """How many elements of the storage lie from its first to its last one."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride))
+
     @classmethod
     def of(cls, view: torch.Tensor, owner: torch.Tensor) -> View:
         """Describe `view` relative to the first element of `owner`."""

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The files of a checkpoint, mapped: what nobody touches of a tensor is not read.
+
+A file that is written to while it is mapped gives values of two checkpoints, and one
+that is cut short ends the process that touches what is gone. So a file is compared with
+what was opened before a tensor of it is used, and in the end. That leaves a moment in
+between: whoever publishes a checkpoint should write new files and rename them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import WeightSyncError
+
+__all__ = ["ByteRange", "CheckpointFile", "StoredTensor"]
+
+ByteRange = tuple[int, int]
+_BLOCK_BYTES = 1 << 18
+
+
+class CheckpointFile:
+    """A safetensors file that is open.
+
+        with CheckpointFile(path) as file:
+            for stored in file.tensors:
+                file.read_ahead(stored, (0, stored.nbytes))
+                tensor = file.map(stored)
+
+    Args:
+        path: where it is.
+
+    Attributes:
+        tensors: what it holds, in the order of the bytes.
+
+    Raises:
+        WeightSyncError: it is no whole safetensors file.
+
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._block = memoryview(bytearray(_BLOCK_BYTES))
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+        try:
+            self._opened = _identity(os.fstat(self._file.fileno()))
+            self.tensors = self._stored()
+            self._mapped = safe_open(path, framework="pt")
+        except (SafetensorError, ValueError) as error:
+            self._file.close()
+            raise WeightSyncError(
+                f"{path} is no whole safetensors file: {error}; write it again"
+            ) from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _stored(self) -> list[StoredTensor]:
+        """Where each tensor is, which the library does not tell."""
+        size = os.fstat(self._file.fileno()).st_size
+        header_bytes = int.from_bytes(self._file.read(8), "little")
+        if header_bytes > size:
+            return []  # the library says what is wrong
+        header = json.loads(self._file.read(header_bytes))
+        header.pop("__metadata__", None)
+        places = [(*entry["data_offsets"], name) for name, entry in header.items()]
+        tensors = [
+            StoredTensor(self, name, 8 + header_bytes + begin, end - begin)
+            for begin, end, name in sorted(places)
+        ]
+        for stored in tensors:
+            if stored.start + stored.nbytes > size:
+                raise self._cut_short(stored)
+        return tensors
+
+    def map(self, stored: StoredTensor) -> torch.Tensor:
+        """A tensor on the file's pages."""
+        return self._mapped.get_tensor(stored.name)
+
+    def read_ahead(self, stored: StoredTensor, part: ByteRange) -> None:
+        """Read bytes of a tensor into the page cache, as fast as the disk gives them.
+
+        Raises:
+            WeightSyncError: the file ends before them.
+
+        """
+        position, stop = (stored.start + offset for offset in part)
+        while position < stop:
+            wanted = self._block[: stop - position]
+            read = os.preadv(self._file.fileno(), [wanted], position)
+            if not read:
+                raise self._cut_short(stored)
+            position += read
+
+    def check_unchanged(self, stored: StoredTensor) -> None:
+        """Check that the path still leads to the file that was opened.
+
+        Raises:
+            WeightSyncError: it does not, or the file was written to.
+
+        """
+        try:
+            found = _identity(os.stat(self.path))
+        except FileNotFoundError:
+            found = None
+        if found != self._opened:
+            raise WeightSyncError(
+                f"{self.path} was {'changed' if found else 'removed'} while "
+                f"{stored.name} was read from it; sync again from files that nobody "
+                "writes to"
+            )
+
+    def _cut_short(self, stored: StoredTensor) -> WeightSyncError:
+        size = os.fstat(self._file.fileno()).st_size
+        return WeightSyncError(
+            f"{self.path} was cut short: {stored.name} ends at byte "
+            f"{stored.start + stored.nbytes}, the file at {size}; write it again"
+        )
+
+    def __enter__(self) -> CheckpointFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        # Tensors know their file: only a collection would free the mapping.
+        self.tensors = []
+        del self._mapped
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        file: the file.
+        name: its name there.
+        start: its first byte there.
+        nbytes: how many bytes it has.
+
+    """
+
+    file: CheckpointFile
+    name: str
+    start: int
+    nbytes: int
+
+
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
