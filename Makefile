@@ -37,6 +37,7 @@ upstream-test: default-venv
 bench: default-venv
 	mkdir -p build
 	.venv/bin/python -m benchmarks.sync --out build/sync.json
+	.venv/bin/python -m benchmarks.sync.plot build/sync.json build/sync.png
 
 gpu-test:
 	$(PYTHON) -m pytest $(GPU_TESTS)
@@ -45,6 +46,8 @@ gpu-bench:
 	mkdir -p build
 	$(PYTHON) -m benchmarks.kernels.moe.bench --out build/moe.json
 	$(PYTHON) -m benchmarks.kernels.moe.plot build/moe.json build/moe.png
+	$(PYTHON) -m benchmarks.sync --model Qwen3-30B-A3B --layers 16 --out build/sync.json
+	$(PYTHON) -m benchmarks.sync.plot build/sync.json build/sync.png
 
 wheel: default-venv
 	.venv/bin/python -m overlay build $(if $(BASE),--base $(BASE))

@@ -86,8 +86,8 @@ def sides(
             side.close()
 
 
-def measure(workload: Workload, repeats: int, base: Path | None) -> Answers:
-    """Answers by kind of work and side."""
+def measure(workload: Workload, repeats: int, base: Path | None) -> Iterator[Answers]:
+    """Yield the answers so far, by kind of work and side, after each repetition."""
     kinds = [*dict.fromkeys(kind for kind, _ in ROUND), "copy"]
     answers: Answers = {kind: {"base": [], "fork": []} for kind in kinds}
     with TemporaryDirectory() as name, sides(workload, Path(name), base) as running:
@@ -97,7 +97,7 @@ def measure(workload: Workload, repeats: int, base: Path | None) -> Answers:
             for kind, command in (*ROUND, ("copy", "copy")):
                 for side_name, side in running.items():
                     answers[kind][side_name].append(side.tell(command))
-    return answers
+            yield answers
 
 
 def table(answers: Answers, tensors: int, size: int) -> Table:
@@ -139,12 +139,18 @@ def main() -> None:
     workload = Workload(*sizes, options.bucket)
     with FakeTensorMode():
         sent = [tensor.nbytes for _, tensor in workload.case.tensors(seed=1)]
-    answers = measure(workload, options.repeats, options.base)
-    Console(width=130).print(table(answers, len(sent), sum(sent)))
-    if options.out is not None:
-        result = dict(workload=workload.arguments, tensors=len(sent), bytes=sum(sent))
-        result |= dict(vllm=version("vllm"), answers=answers)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    result: dict[str, Any] = dict(
+        model=options.model,
+        workload=workload.arguments,
+        tensors=len(sent),
+        bytes=sum(sent),
+        vllm=version("vllm"),
+    )
+    for answers in measure(workload, options.repeats, options.base):
+        result["answers"] = answers
+        if options.out is not None:
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
+    Console(width=130).print(table(result["answers"], len(sent), sum(sent)))
 
 
 if __name__ == "__main__":
