@@ -122,6 +122,21 @@ def test_what_is_not_sure_has_no_route(tensors):
     assert not first_routes(staged_after(Model(by_row), **tensors))
 
 
+def one_after_the_other(param, weights):
+    for start, (_, weight) in zip((0, 2), weights):
+        param.weight_loader(param, weight, start=start)
+
+
+def test_a_name_that_was_sent_twice_has_no_route():
+    bucket = TENSOR[:2].clone()
+    model = Model(one_after_the_other)
+    start_recording(model)
+    model.load_weights(iter([("a", bucket), ("a", bucket)]))
+    finish_recording(model)
+    layers = stage_model(model, True, lambda *_: None)
+    assert not first_routes([tensor for layer in layers for tensor in layer.tensors])
+
+
 def kept(param, weights):
     for _, weight in list(weights):
         param.weight_loader(param, weight)

@@ -2,8 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The regions that a first load's calls wrote, derived on the meta device."""
 
+import gc
+
 import torch
 
+from vllm.model_executor.model_loader.reload.calls import CallNotes, WatchedWeights
 from vllm.model_executor.model_loader.reload.ledger import Box
 from vllm.model_executor.model_loader.reload.recording import FirstLoad, RecordingLoader
 
@@ -53,6 +56,27 @@ def test_unhashable_arguments_are_ambiguous():
     recording = RecordingLoader(shard_loader, first, 0)
     recording(torch.zeros(6, 3), torch.ones(2, 3), 0, scale=[1])
     assert first.ambiguous and first.seen
+
+
+def test_the_garbage_collector_does_not_see_single_calls():
+    notes, weights = CallNotes(), WatchedWeights()
+    param, weight = torch.zeros(6, 3), torch.ones(2, 3)
+    seen = []
+    for _ in range(2):
+        for name, tensor in weights.watch((str(i), weight) for i in range(100)):
+            notes.add((param, tensor, f"w{name}"), dict(expert=int(name)), weights)
+        gc.collect()
+        seen.append(len(gc.get_objects()))
+    assert len(list(notes)) == 200
+    assert seen[1] - seen[0] < 10
+
+
+def test_a_caller_that_stops_early_is_left_its_tensor():
+    weights = WatchedWeights()
+    watched = weights.watch([("a", torch.ones(1)), ("b", torch.ones(1))])
+    next(watched)
+    watched.close()
+    assert weights.current is None
 
 
 def test_written_past_its_loader_is_noticed():

@@ -5,10 +5,11 @@
 import pytest
 import torch
 
+from vllm.model_executor.model_loader.reload.calls import LoaderCall
 from vllm.model_executor.model_loader.reload.checks import is_castable
 from vllm.model_executor.model_loader.reload.errors import WeightSyncError
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
-from vllm.model_executor.model_loader.reload.recording import FirstLoad, LoaderCall
+from vllm.model_executor.model_loader.reload.recording import FirstLoad
 from vllm.model_executor.model_loader.reload.staging import (
     StagedLoader,
     StagedTensor,

@@ -40,8 +40,8 @@ def _same_loads(one: FirstLoad, other: FirstLoad, alike: Likeness) -> bool:
         return False  # also where a call was made twice: of which source was it?
     same_calls = (
         spec == other_spec
-        and _same_values(call.args, other_call.args, alike)
-        and _same_values(call.kwargs, other_call.kwargs, alike)
+        and call.names == other_call.names
+        and _same_values(call.values, other_call.values, alike)
         for (call, spec), (other_call, other_spec) in zip(
             one.calls.items(), other.calls.items()
         )
@@ -57,11 +57,8 @@ def _same_loads(one: FirstLoad, other: FirstLoad, alike: Likeness) -> bool:
 
 def _same_values(one: tuple, other: tuple, alike: Likeness) -> bool:
     """Whether arguments are the same but for a name: most are, and need no look."""
-    return len(one) == len(other) and all(
-        a == b
-        or (_same_values(a, b, alike) if type(a) is type(b) is tuple else alike(a, b))
-        for a, b in zip(one, other)
-    )
+    same = (a == b or alike(a, b) for a, b in zip(one, other))
+    return len(one) == len(other) and all(same)
 
 
 class Derivation:

@@ -11,6 +11,7 @@ import torch
 
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from .calls import WatchedWeights
 from .ledger import Box, Ledger
 from .meta import (
     capture_layer_to_meta,
@@ -19,11 +20,11 @@ from .meta import (
     storage_address,
 )
 from .pristine import PristineLayer
-from .recording import FirstLoad, RecordingLoader, WatchedWeights
+from .recording import FirstLoad, RecordingLoader
 from .registry import get_layerwise_info
 from .scales import is_activation_quantity
 from .staging import StagedLoader
-from .types import BufferAlias, LayerReloadingInfo
+from .types import BufferAlias
 from .utils import get_layer_tensors, get_tensor_load_numel
 
 __all__ = [
@@ -53,17 +54,16 @@ def set_loader(tensor: Any, loader: Callable) -> None:
 
 def start_recording(model: torch.nn.Module) -> None:
     """Note how the model was created, and from now on how its loaders are called."""
-    metas: dict[int, torch.Tensor] = {}
     weights = WatchedWeights()
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        _capture(layer, info, metas)
-        for name, param in layer._parameters.items():
-            if param is not None:
-                first_load = info.first_load.setdefault(name, FirstLoad())
-                _record(name, param, first_load, info.created, weights)
-    for layer in model.modules():
-        _note_aliases(layer)
+    device = torch.get_default_device()
+    # The default device is a mode that each question goes through.
+    with torch._C.DisableTorchFunction():
+        metas: dict[int, torch.Tensor] = {}
+        for layer in model.modules():
+            _capture(layer, device, metas)
+            _record_loaders(layer, weights)
+        for layer in model.modules():
+            _note_aliases(layer)
     _watch(model, weights)
 
 
@@ -94,14 +94,15 @@ def _unwatch(layer: torch.nn.Module) -> None:
 
 
 def _capture(
-    layer: torch.nn.Module, info: LayerReloadingInfo, metas: dict[int, torch.Tensor]
+    layer: torch.nn.Module, device: torch.device, metas: dict[int, torch.Tensor]
 ) -> None:
+    info = get_layerwise_info(layer)
     tensors = get_layer_tensors(layer)
     params, buffers = capture_layer_to_meta(layer)
     for name in params:  # a parameter tied to another layer's is one parameter
         params[name] = metas.setdefault(id(tensors[name]), params[name])
     info.restore_metadata = (params, buffers)
-    info.restore_device = torch.get_default_device()
+    info.restore_device = device
     info.pristine = PristineLayer(layer, tensors)
     info.created = {
         name: tensor.detach().to("cpu", copy=True)
@@ -130,6 +131,14 @@ def _note_aliases(layer: torch.nn.Module) -> None:
                 shape, stride = tuple(buffer.shape), buffer.stride()
                 alias = BufferAlias(param_name, ref(layer), name, shape, stride, offset)
                 get_layerwise_info(child).aliases.append(alias)
+
+
+def _record_loaders(layer: torch.nn.Module, weights: WatchedWeights) -> None:
+    info = get_layerwise_info(layer)
+    for name, param in layer._parameters.items():
+        if param is not None:
+            first_load = info.first_load.setdefault(name, FirstLoad())
+            _record(name, param, first_load, info.created, weights)
 
 
 def _record(

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from .calls import LoaderCall, Sent
 from .plan import Copy, Route
-from .recording import LoaderCall, Sent
 
 if TYPE_CHECKING:
     from .staging import StagedTensor

@@ -90,7 +90,8 @@ def capture_layer_to_meta(layer: torch.nn.Module) -> LayerTensors:
     if type(layer).__name__ in SKIP_MODULES:
         return {}, {}
     params, buffers = get_layer_params_buffers(layer)
-    storages = parameter_storages(layer)
+    # Those of all layers below: of most layers nobody asks.
+    storages = parameter_storages(layer) if buffers else set()
     owned = {
         name: buffer
         for name, buffer in buffers.items()

@@ -16,9 +16,9 @@ import torch
 
 from vllm.model_executor.kernels.strided import Strided
 
+from .calls import TensorSpec
 from .ledger import Box
 from .placement import ExpertPlacement
-from .recording import TensorSpec
 from .view import View
 
 __all__ = ["Copy", "Plan", "Route", "fingerprint"]

@@ -12,6 +12,7 @@ that have a `process_weights_after_loading` of their own: quant methods, schemes
 kernels, attention implementations. Everything else is shared with the live layer.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -26,6 +27,8 @@ from .fingerprint import same_bytes
 
 __all__ = ["PristineLayer", "Shadow", "ShadowPart", "copy_if_small"]
 
+# What most attributes are, and no helper is.
+_PLAIN = frozenset({bool, int, str, type(None), OrderedDict})
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 # Larger tensors, a KV cache or a rotary table, are not results of processing.
 _MAX_COPIED_BYTES = 1 << 20
@@ -103,6 +106,8 @@ class PristineLayer:
         self._modules = {n: self._freeze(m) for n, m in children if _is_helper(m)}
 
     def _freeze(self, value: Any) -> Any:
+        if type(value) in _PLAIN:
+            return value
         key = id(value)
         if key == self._layer_key or key in self._tensor_names:
             return _Ref(key)
@@ -188,11 +193,12 @@ class _Thaw:
 
 
 def _is_helper(value: Any) -> bool:
+    if not callable(getattr(value, "process_weights_after_loading", None)):
+        return False
     if isinstance(value, type) or not hasattr(value, "__dict__"):
         return False
-    if isinstance(value, torch.nn.Module) and not isinstance(value, QuantizeMethodBase):
-        return False
-    return callable(getattr(value, "process_weights_after_loading", None))
+    is_layer = isinstance(value, torch.nn.Module)
+    return not is_layer or isinstance(value, QuantizeMethodBase)
 
 
 def copy_if_small(value: Any) -> Any:

@@ -9,156 +9,19 @@ is derived from those calls when a sync first asks for it, by calling the loader
 on the meta device.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import update_wrapper
-from math import prod
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .calls import CallNotes, LoaderCall, Sent, TensorSpec, WatchedWeights
 from .ledger import Box, Ledger, boxes_of_view
 from .view import View
 
-__all__ = [
-    "FirstLoad",
-    "LoaderCall",
-    "RecordingLoader",
-    "Sent",
-    "TensorSpec",
-    "WatchedWeights",
-    "Write",
-    "wrote",
-]
-
-_PARAM, _WEIGHT = "<param>", "<weight>"
-# A checkpoint's tensor: name, address, whether it is contiguous, shape and type.
-_Noted = tuple[str, int, bool, tuple[int, ...], torch.dtype]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and dtype of a tensor that a loader was given."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "TensorSpec":
-        return cls(tuple(tensor.shape), tensor.dtype)
-
-    def __str__(self) -> str:
-        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
-
-
-@dataclass(frozen=True)
-class LoaderCall:
-    """Arguments of a weight loader with its tensors left out.
-
-    By the convention of weight loaders the first tensor is the parameter and the
-    second one the loaded weight.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-
-    @classmethod
-    def split(
-        cls, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple["LoaderCall", torch.Tensor | None]:
-        """The call without its tensors, and the weight that it was to load."""
-        args, named, weight = _without_tensors(args, kwargs)
-        return cls(args, named), weight
-
-    def replay(
-        self, loader: Callable, param: torch.Tensor, weight: torch.Tensor
-    ) -> None:
-        """Call `loader` as it was called, with these two tensors."""
-        tensors = {_PARAM: param, _WEIGHT: weight}
-
-        def put_back(value: Any) -> Any:
-            return tensors.get(value, value) if isinstance(value, str) else value
-
-        loader(
-            *(put_back(value) for value in self.args),
-            **{name: put_back(value) for name, value in self.kwargs},
-        )
-
-
-def _without_tensors(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...], torch.Tensor | None]:
-    """Positional and named arguments of a loader, and the weight that it was to load.
-
-    This is run for each tensor of a cold load, and so has no helpers.
-    """
-    values = [*args, *kwargs.values()]
-    param = weight = None
-    for i, value in enumerate(values):
-        if not isinstance(value, torch.Tensor):
-            continue
-        if param is None or value is param:
-            param, values[i] = value, _PARAM
-        else:
-            weight, values[i] = value if weight is None else weight, _WEIGHT
-    count = len(args)
-    return tuple(values[:count]), tuple(zip(kwargs, values[count:])), weight
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A checkpoint's tensor, which need not exist any more.
-
-    Attributes:
-        name: its name in the checkpoint.
-        spec: its shape and type.
-        address: where it began; -1 if it was not contiguous.
-
-    """
-
-    name: str
-    spec: TensorSpec
-    address: int
-
-    @classmethod
-    def of(cls, noted: _Noted) -> "Sent":
-        name, address, is_contiguous, shape, dtype = noted
-        return cls(name, TensorSpec(shape, dtype), address if is_contiguous else -1)
-
-    def view_at(self, address: int, spec: TensorSpec, stride: tuple) -> View | None:
-        """The view of this tensor that began at an address; None if it was none."""
-        offset, rest = divmod(address - self.address, spec.dtype.itemsize)
-        last = offset + sum((n - 1) * s for n, s in zip(spec.shape, stride))
-        inside = 0 <= offset <= last < prod(self.spec.shape)
-        if self.address < 0 or rest or not inside or spec.dtype != self.spec.dtype:
-            return None
-        return View(spec.shape, stride, offset)
-
-
-class WatchedWeights:
-    """Which of a checkpoint's tensors is being loaded.
-
-    Attributes:
-        current: the one that the model was given last, as `Sent.of` reads it.
-
-    """
-
-    def __init__(self) -> None:
-        self.current: _Noted | None = None
-
-    def watch(
-        self, weights: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass weights on, and note each."""
-        for name, tensor in weights:
-            # A default device, say, is a mode that each question goes through.
-            with torch._C.DisableTorchFunction():
-                spec = tuple(tensor.shape), tensor.dtype
-                is_contiguous = tensor.is_contiguous()
-                self.current = name, tensor.data_ptr(), is_contiguous, *spec
-            yield name, tensor
-            self.current = None
+__all__ = ["FirstLoad", "RecordingLoader", "Write", "wrote"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +50,7 @@ class FirstLoad:
         sources: each tensor that was loaded, by which call and which view of it; no
             view if it was changed on the way.
         writes: what each call copies, where that is all that it does; see `boxes`.
+        notes: calls that nobody has asked for yet.
 
     """
 
@@ -196,35 +60,32 @@ class FirstLoad:
         default_factory=list
     )
     writes: dict[LoaderCall, list[Write]] = field(default_factory=dict)
+    notes: CallNotes = field(default_factory=CallNotes)
     _calls: dict[LoaderCall, TensorSpec] = field(default_factory=dict)
     _ambiguous: bool = False
-    _noted: list[tuple] = field(default_factory=list)
 
     @property
     def calls(self) -> dict[LoaderCall, TensorSpec]:
         """What each distinct call was given to load."""
-        self._look_at_noted()
+        self._look_at_notes()
         return self._calls
 
     @property
     def ambiguous(self) -> bool:
         """Whether calls that look alike were given different shapes."""
-        self._look_at_noted()
+        self._look_at_notes()
         return self._ambiguous
 
-    def _look_at_noted(self) -> None:
-        noted, self._noted = self._noted, []
-        for args, kwargs, current, address, shape, dtype, stride in noted:
-            call, spec = LoaderCall(args, kwargs), TensorSpec(shape, dtype)
+    def _look_at_notes(self) -> None:
+        notes, self.notes = self.notes, CallNotes()
+        for call, spec, sent, view in notes:
             self._note(call, spec)
-            sent = Sent.of(current) if current else None
-            view = sent.view_at(address, spec, stride) if sent else None
             self.sources.append((sent, call, view))
 
     @property
     def called(self) -> bool:
         """Whether the loader was called."""
-        return bool(self._noted or self._calls)
+        return bool(self.notes or self._calls)
 
     @property
     def seen(self) -> bool:
@@ -234,29 +95,6 @@ class FirstLoad:
     def note(self, call: LoaderCall, weight: torch.Tensor) -> None:
         """Note a call and what it was given."""
         self._note(call, TensorSpec.of(weight))
-
-    def note_quickly(
-        self,
-        args: tuple[Any, ...],
-        kwargs: tuple[tuple[str, Any], ...],
-        weight: torch.Tensor,
-        current: _Noted | None,
-    ) -> None:
-        """Note a call, to be looked at when somebody asks.
-
-        A cold load notes each of its tensors. A tuple of plain values is of no interest
-        to the garbage collector, which would visit an object again and again.
-
-        Args:
-            args: positional arguments of a `LoaderCall`.
-            kwargs: its named ones.
-            weight: what it was given.
-            current: the checkpoint's tensor that came from; see `WatchedWeights`.
-
-        """
-        spec = tuple(weight.shape), weight.dtype
-        where = weight.data_ptr(), *spec, weight.stride()
-        self._noted.append((args, kwargs, current, *where))
 
     def _note(self, call: LoaderCall, spec: TensorSpec) -> None:
         try:
@@ -330,11 +168,7 @@ class RecordingLoader:
         self._version = version
 
     def __call__(self, *args, **kwargs):
-        plain, named, weight = _without_tensors(args, kwargs)
-        if weight is not None:
-            current = self.weights.current
-            with torch._C.DisableTorchFunction():
-                self._first_load.note_quickly(plain, named, weight, current)
+        self._first_load.notes.add(args, kwargs, self.weights)
         return self.original(*args, **kwargs)
 
     def close(self, version: int) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .calls import TensorSpec
 from .ledger import Box
 from .plan import Copy, Route
-from .recording import TensorSpec
 from .view import View
 
 if TYPE_CHECKING:

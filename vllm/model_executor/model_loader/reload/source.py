@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .calls import TensorSpec
 from .errors import WeightSyncError
 from .planned import PlannedCopies
-from .recording import TensorSpec
 from .routing import RouteRecorder
 
 __all__ = ["Source", "Weights"]

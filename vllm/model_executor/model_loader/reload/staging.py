@@ -21,13 +21,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import meta as meta_tensors
+from .calls import LoaderCall, TensorSpec
 from .checks import check_castable
 from .errors import Finding, WeightSyncError
 from .fingerprint import Fingerprint
 from .huge_pages import prefer_huge_pages
 from .ledger import Box, Ledger, boxes_of_view
 from .placement import ExpertPlacement
-from .recording import FirstLoad, LoaderCall, TensorSpec, wrote
+from .recording import FirstLoad, wrote
 from .regions import describe, shard_box
 from .routing import RouteRecorder
 
@@ -189,7 +190,7 @@ class StagedLoader:
 
     def _shard_box(self, call: LoaderCall) -> Box | None:
         """The expert's shard that a call is about, where it says so."""
-        named, meta = dict(call.kwargs), self.tensor.meta
+        named, meta = call.named, self.tensor.meta
         expert, shard_id = named.get("expert_id"), named.get("shard_id")
         if not isinstance(expert, int) or not isinstance(shard_id, str):
             return None
