@@ -86,3 +86,12 @@ def test_in_any_order_a_sync_needs_one_model(policy, sync, no_collection, monkey
         sync()
     assert count.peak <= 1.1 * sum(sync.layers)
     assert count.left <= 0.05 * max(sync.layers)
+
+
+def test_nothing_grows_from_sync_to_sync(sync):
+    left = []
+    for _ in range(6):
+        sync()
+        gc.collect()
+        left.append(len(gc.get_objects()))
+    assert left[-1] <= left[1]
