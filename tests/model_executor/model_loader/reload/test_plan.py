@@ -13,14 +13,21 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     transaction,
 )
+from vllm.model_executor.model_loader.reload.calls import TensorSpec
 from vllm.model_executor.model_loader.reload.copying import Copies
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
-from vllm.model_executor.model_loader.reload.plan import Plan, Route, fingerprint
+from vllm.model_executor.model_loader.reload.plan import (
+    Copy,
+    Plan,
+    Route,
+    fingerprint,
+)
 from vllm.model_executor.model_loader.reload.planned import PlannedCopies
-from vllm.model_executor.model_loader.reload.recording import FirstLoad, TensorSpec
+from vllm.model_executor.model_loader.reload.recording import FirstLoad
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.routing import RouteRecorder
 from vllm.model_executor.model_loader.reload.staging import StagedTensor, StagingMode
+from vllm.model_executor.model_loader.reload.view import View
 
 CPU = torch.device("cpu")
 BUCKET = torch.arange(96.0)
@@ -293,3 +300,17 @@ def test_the_report_tells_which_way_tensors_went(
     for taken, through_loaders in reports:
         assert taken + through_loaders == sum(1 for _ in case.tensors(3))
         assert taken > 3 * through_loaders if is_on else taken == 0
+
+
+def test_of_a_target_the_last_source_counts_also_where_the_first_was_put_off():
+    memory, launched = torch.zeros(4), []
+    view = View.whole((4,))
+    spec = TensorSpec((4,), torch.float32)
+    copy = Copy.of(("layer", "weight"), view, view, (), spec, torch.float32)
+    copies = Copies(lambda layout, addresses: launched.append(addresses))
+    copies.put_off = True
+    copies.add(copy, torch.ones(4), memory)
+    copies.put_off = False
+    copies.add(copy, torch.full((4,), 2.0), memory)
+    copies.flush()
+    assert launched == [{}] and memory.tolist() == [2] * 4

@@ -60,18 +60,20 @@ class Copies:
     def add(self, copy: Copy, tensor: torch.Tensor, memory: torch.Tensor) -> None:
         """Copy a part of `tensor` to a part of `memory`."""
         layout = copy.layout
+        target = memory.data_ptr() + copy.target_bytes
+        source = tensor.data_ptr() + copy.source_bytes
         may_wait = self.put_off and self._launch is not None
         if may_wait and layout is not None and tensor.device == memory.device:
-            target = memory.data_ptr() + copy.target_bytes
-            # Of a repeated target the last source counts.
-            waiting = self._waiting.setdefault(layout, {})
-            waiting[target] = tensor.data_ptr() + copy.source_bytes
-        elif layout and _is_short(layout) and tensor.is_cpu and memory.is_cpu:
-            target = memory.data_ptr() + copy.target_bytes
-            memmove(target, tensor.data_ptr() + copy.source_bytes, layout.row_bytes)
+            self._waiting.setdefault(layout, {})[target] = source
+            return
+        # Of a repeated target the last source counts.
+        if layout in self._waiting:
+            self._waiting[layout].pop(target, None)
+        if layout and _is_short(layout) and tensor.is_cpu and memory.is_cpu:
+            memmove(target, source, layout.row_bytes)
         else:
-            source = tensor if copy.source is None else copy.source.on(tensor)
-            copy.target.on(memory.data).copy_(source)
+            part = tensor if copy.source is None else copy.source.on(tensor)
+            copy.target.on(memory.data).copy_(part)
 
     def flush(self) -> None:
         """Carry out what was put off."""
