@@ -81,13 +81,9 @@ class CheckpointLoader(DefaultModelLoader):
         """The files that are to be read by plan; none if they cannot be."""
         if not self._routes or not self._reads_plainly(source):
             return []
-        _, paths, is_safetensors, *_ = self._prepare_weights(
-            source.model_or_path,
-            source.subfolder,
-            source.revision,
-            source.fall_back_to_pt,
-            source.allow_patterns_overrides,
-        )
+        where = source.model_or_path, source.subfolder, source.revision
+        which = source.fall_back_to_pt, source.allow_patterns_overrides
+        _, paths, is_safetensors, *_ = self._prepare_weights(*where, *which)
         return sorted(paths) if is_safetensors else []
 
     def _reads_plainly(self, source: DefaultModelLoader.Source) -> bool:
@@ -117,8 +113,8 @@ def _read_files(
         for tensor in read_ahead(wanted):
             tensor.file.check_unchanged(tensor)
             yield names[tensor], tensor.file.map(tensor)
-        for tensor in names:
-            tensor.file.check_unchanged(tensor)
+        for last in {tensor.file: tensor for tensor in names}.values():
+            last.file.check_unchanged(last)
 
 
 def _owned(stored: StoredTensor, route: Route | None) -> tuple[ByteRange, ...]:
