@@ -3,7 +3,6 @@
 """Whether the weight scales of a checkpoint, as loaded, may be served."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -12,7 +11,7 @@ from vllm.model_executor.model_loader.reload import WeightSyncError, reload_stat
 from vllm.model_executor.model_loader.reload.errors import Finding
 from vllm.model_executor.model_loader.reload.scales import (
     bad_blocks,
-    describe_blocks,
+    describe_first,
     suspect_scales,
     weight_of_scale,
 )
@@ -75,11 +74,7 @@ def _tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _first_of(
     layer: str, name: str, tensors: dict[str, torch.Tensor]
 ) -> Iterator[Finding]:
-    """The first invalid value of a scale and how many there are, if there are any."""
     scale, bad = bad_blocks(tensors, name)
     if scale.dim() < 2:
         bad &= scale != _UNSET
-    for finding in describe_blocks(layer, name, scale, bad):
-        count = f"{int(bad.sum())} of {bad.numel()} values are invalid, the first: "
-        yield replace(finding, detail=count + finding.detail)
-        return
+    return describe_first(layer, name, scale, bad)

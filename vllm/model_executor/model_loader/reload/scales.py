@@ -13,6 +13,7 @@ weight block is zero. In E8M0, which has an exponent and nothing else, 0xFF is N
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,7 @@ from .regions import describe
 __all__ = [
     "bad_blocks",
     "describe_blocks",
+    "describe_first",
     "invalid_scales",
     "is_activation_quantity",
     "is_scale",
@@ -130,6 +132,16 @@ def describe_blocks(
         box = Box(tuple(index), tuple(i + 1 for i in index))
         reason = f"scale is {value}, must be finite and positive"
         yield describe(layer, name, scale, box, reason)
+
+
+def describe_first(
+    layer: str, name: str, scale: torch.Tensor, bad: torch.Tensor
+) -> Iterator[Finding]:
+    """A finding about the first invalid value, if there is one, with their count."""
+    for finding in describe_blocks(layer, name, scale, bad):
+        count = f"{int(bad.sum())} of {bad.numel()} values are invalid, the first: "
+        yield replace(finding, detail=count + finding.detail)
+        return
 
 
 def _zero_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
