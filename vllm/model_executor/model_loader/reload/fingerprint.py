@@ -143,7 +143,7 @@ def _multipliers(count: int, device: torch.device) -> torch.Tensor:
 
 def _chunk_bytes(device: torch.device) -> int:
     """Bytes to take at a time: what a processor's cache holds, or worth a launch."""
-    return 1 << 19 if device.type == "cpu" else 1 << 26
+    return 1 << 19 if device.type == "cpu" else 1 << 25
 
 
 def _words(rows: torch.Tensor) -> torch.Tensor:
