@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Who may reach the routes of dev mode; the application and its layers are vLLM's."""
+
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from starlette.routing import Route
+
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+try:
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:  # before 0.32
+    from vllm.entrypoints.openai.api_server import build_app
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+KEY = {"Authorization": "Bearer right"}
+NOT_THE_KEY = [
+    {},
+    {"Authorization": "Bearer wrong"},
+    {"Authorization": "right"},
+    {"Authorization": "Bearer "},
+]
+CHANGES_WEIGHTS = {
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+    "/collective_rpc",
+    "/pause",
+    "/resume",
+    "/sleep",
+    "/wake_up",
+}
+OPEN = ["/health", "/metrics", "/ping", "/version"]
+
+
+class Engine:
+    """Counts how often a route asked for something."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __getattr__(self, name: str):
+        async def answer(*args, **kwargs):
+            self.asked += 1
+
+        return answer
+
+
+def app_of(monkeypatch, dev_mode: bool, *options: str) -> FastAPI:
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", str(int(dev_mode)))
+    parser = make_arg_parser(FlexibleArgumentParser())
+    app = build_app(parser.parse_args(["--api-key", "right", *options]), ("generate",))
+    app.state.engine_client = Engine()
+    app.state.server = SimpleNamespace(should_exit=False)
+    return app
+
+
+def routes(app: FastAPI) -> set[tuple[str, str]]:
+    return {
+        (method, route.path)
+        for route in app.routes
+        if isinstance(route, Route)
+        for method in route.methods
+    }
+
+
+@pytest.fixture
+def dev_app(monkeypatch) -> FastAPI:
+    return app_of(monkeypatch, True)
+
+
+@pytest.fixture
+def dev_routes(monkeypatch, dev_app) -> set[tuple[str, str]]:
+    return routes(dev_app) - routes(app_of(monkeypatch, False))
+
+
+def test_what_changes_weights_is_there_in_dev_mode_only(dev_routes):
+    assert {path for _, path in dev_routes} >= CHANGES_WEIGHTS
+
+
+@pytest.mark.parametrize("headers", NOT_THE_KEY)
+def test_a_dev_route_needs_the_key(dev_app, dev_routes, headers):
+    client = TestClient(dev_app)
+    answers = {
+        (method, path): client.request(method, path, headers=headers)
+        for method, path in dev_routes
+    }
+    assert {answer.status_code for answer in answers.values()} == {401}
+    assert dev_app.state.engine_client.asked == 0
+
+
+def test_a_dev_route_answers_who_has_the_key(dev_app):
+    answer = TestClient(dev_app).post("/resume", headers=KEY)
+    assert answer.status_code == 200
+    assert dev_app.state.engine_client.asked == 1
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_other_routes_stay_open(dev_app, path):
+    assert TestClient(dev_app).get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/api/resume", "/resume", "/api/resume/", "/resume/"])
+def test_no_way_round_by_the_path(monkeypatch, path):
+    app = app_of(monkeypatch, True, "--root-path", "/api")
+    assert TestClient(app).post(path).status_code == 401
+    assert app.state.engine_client.asked == 0
+
+
+@pytest.mark.parametrize("path", ["//resume", "/RESUME", "/resume/x", "/%2fresume"])
+def test_what_is_no_route_reaches_nothing(dev_app, path):
+    assert TestClient(dev_app).post(path).status_code == 404
+    assert dev_app.state.engine_client.asked == 0
+
+
+def test_options_pass_as_on_other_routes(dev_app):
+    answers = [TestClient(dev_app).options(path) for path in ("/resume", "/version")]
+    assert {answer.status_code for answer in answers} == {405}
+
+
+def test_without_a_key_nothing_is_guarded(monkeypatch):
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    parser = make_arg_parser(FlexibleArgumentParser())
+    app = build_app(parser.parse_args([]), ("generate",))
+    app.state.engine_client = Engine()
+    assert TestClient(app).post("/resume").status_code == 200
