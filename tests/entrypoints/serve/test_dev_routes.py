@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from starlette.routing import Route
 
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -62,12 +61,8 @@ def app_of(monkeypatch, dev_mode: bool, *options: str) -> FastAPI:
 
 
 def routes(app: FastAPI) -> set[tuple[str, str]]:
-    return {
-        (method, route.path)
-        for route in app.routes
-        if isinstance(route, Route)
-        for method in route.methods
-    }
+    paths = app.openapi()["paths"]
+    return {(method, path) for path, methods in paths.items() for method in methods}
 
 
 @pytest.fixture

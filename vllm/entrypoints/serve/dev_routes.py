@@ -9,7 +9,8 @@ path nor a slash more or less makes a way round. All other routes stay as they a
 `/health`, `/metrics`, `/ping` and `/version` need no key.
 """
 
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Iterator
 from functools import wraps
 from typing import Any
 
@@ -18,20 +19,24 @@ from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Match
 from starlette.types import Receive, Scope, Send
 
-__all__ = ["guards_dev_routes", "is_dev_route"]
+__all__ = ["guards_dev_routes"]
 
 Authenticate = Callable[[Any, Scope, Receive, Send], Awaitable[None]]
 
-# What a server has only with VLLM_SERVER_DEV_MODE=1.
-DEV_PACKAGES = (
-    "vllm.entrypoints.rl",
-    "vllm.entrypoints.serve.dev",
+# Each has a `router`. Their own routes are asked, not the application's: how it keeps
+# what it includes is FastAPI's affair, and changes.
+DEV_MODULES = (
+    "vllm.entrypoints.rl.online.api_router",
+    "vllm.entrypoints.serve.dev.cache.api_router",
+    "vllm.entrypoints.serve.dev.rpc.api_router",
+    "vllm.entrypoints.serve.dev.server_info.api_router",
+    "vllm.entrypoints.serve.dev.sleep.api_router",
     # Before 0.32.
-    "vllm.entrypoints.serve.cache",
+    "vllm.entrypoints.serve.cache.api_router",
     "vllm.entrypoints.serve.instrumentator.server_info",
-    "vllm.entrypoints.serve.rlhf",
-    "vllm.entrypoints.serve.rpc",
-    "vllm.entrypoints.serve.sleep",
+    "vllm.entrypoints.serve.rlhf.api_router",
+    "vllm.entrypoints.serve.rpc.api_router",
+    "vllm.entrypoints.serve.sleep.api_router",
 )
 
 
@@ -53,14 +58,14 @@ def guards_dev_routes(authenticate: Authenticate) -> Authenticate:
     return guarded
 
 
-def is_dev_route(route: BaseRoute) -> bool:
-    """Whether a server has this route in dev mode only."""
-    module = getattr(getattr(route, "endpoint", None), "__module__", "")
-    return any(f"{module}.".startswith(f"{package}.") for package in DEV_PACKAGES)
-
-
 def _needs_key(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["method"] == "OPTIONS":
         return False
-    routes = filter(is_dev_route, scope["app"].routes)
-    return any(route.matches(scope)[0] is not Match.NONE for route in routes)
+    return any(route.matches(scope)[0] is not Match.NONE for route in _dev_routes())
+
+
+def _dev_routes() -> Iterator[BaseRoute]:
+    """Yield the routes of the modules that this server has loaded."""
+    for name in DEV_MODULES:
+        if (module := sys.modules.get(name)) is not None:
+            yield from module.router.routes

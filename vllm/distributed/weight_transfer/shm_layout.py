@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Where the tensors of a chunk lie in a trainer's bucket.
+
+What a trainer says of them is checked here, to the last byte, before anything is read
+or made: types, counts and sizes first, then that each tensor lies inside the bucket, on
+a multiple of its element size, and apart from the others.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import torch
+
+__all__ = ["MAX_TENSORS", "Placement", "placements"]
+
+MAX_TENSORS = 1 << 16
+MAX_DIMENSIONS = 8
+MAX_NAME = 1024
+
+# No bool: a byte that is neither 0 nor 1 would be undefined behaviour.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2,
+        torch.float8_e5m2fnuz,
+        torch.float8_e8m0fnu,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A tensor in a bucket.
+
+    Attributes:
+        name: its name in the checkpoint.
+        dtype: its type.
+        shape: its shape; it is contiguous.
+        start: its first byte.
+
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """The first byte after it."""
+        return self.start + math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, bucket: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as a view of its bucket, uint8 [bytes]."""
+        return bucket[self.start : self.stop].view(self.dtype).view(self.shape)
+
+
+def placements(
+    names: Any, dtype_names: Any, shapes: Any, offsets: Any, bucket_bytes: int
+) -> list[Placement]:
+    """Check what a trainer says of a chunk.
+
+    Args:
+        names: list of the tensors' names in the checkpoint.
+        dtype_names: list of their types, such as "bfloat16".
+        shapes: list of their shapes, each a list of sizes.
+        offsets: list of their first bytes in the bucket.
+        bucket_bytes: the bucket's size.
+
+    Returns:
+        The placements, in the order of the lists.
+
+    Raises:
+        ValueError: something is wrong; the message names the tensor and says what.
+
+    """
+    lists = {
+        "names": names,
+        "dtype_names": dtype_names,
+        "shapes": shapes,
+        "offsets": offsets,
+    }
+    _check_counts(lists)
+    placed = [
+        Entry(index, *values).placed(bucket_bytes)
+        for index, values in enumerate(zip(*lists.values()))
+    ]
+    _check_apart(placed)
+    return placed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a trainer says of one tensor; of any type."""
+
+    index: int
+    name: Any
+    dtype_name: Any
+    shape: Any
+    offset: Any
+
+    def placed(self, bucket_bytes: int) -> Placement:
+        """Check it.
+
+        Raises:
+            ValueError: something is wrong.
+
+        """
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= MAX_NAME:
+            self._refuse("name", f"1 to {MAX_NAME} characters", self.name)
+        if not isinstance(self.dtype_name, str) or self.dtype_name not in DTYPES:
+            self._refuse("dtype", f"one of {', '.join(DTYPES)}", self.dtype_name)
+        if not _is_shape(self.shape):
+            self._refuse("shape", f"a list of up to {MAX_DIMENSIONS} sizes", self.shape)
+        dtype = DTYPES[self.dtype_name]
+        if not _is_size(self.offset) or self.offset % dtype.itemsize:
+            self._refuse("offset", f"a multiple of {dtype.itemsize}", self.offset)
+        placement = Placement(self.name, dtype, tuple(self.shape), self.offset)
+        if placement.stop > bucket_bytes:
+            place = f"bytes {placement.start} to {placement.stop}"
+            self._refuse("place", f"in a bucket of {bucket_bytes} bytes", place)
+        return placement
+
+    def _refuse(self, what: str, expected: str, got: Any) -> NoReturn:
+        raise ValueError(
+            f"update_info: tensor {self.index}, {_short(self.name)}: "
+            f"expected {what}: {expected}, got {_short(got)}"
+        )
+
+
+def _check_counts(lists: dict[str, Any]) -> None:
+    for key, values in lists.items():
+        if not isinstance(values, list):
+            raise ValueError(
+                f"update_info: expected a list as {key!r}, got {values!r:.80}"
+            )
+    counts = {key: len(values) for key, values in lists.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"update_info: expected lists of the same length, got {counts}"
+        )
+    if counts["names"] > MAX_TENSORS:
+        raise ValueError(
+            f"update_info: expected up to {MAX_TENSORS} tensors, got "
+            f"{counts['names']}; send them in several chunks"
+        )
+
+
+def _check_apart(placed: Sequence[Placement]) -> None:
+    filled = (each for each in placed if each.start < each.stop)
+    for one, next_one in pairwise(sorted(filled, key=lambda each: each.start)):
+        if next_one.start < one.stop:
+            raise ValueError(
+                f"update_info: {_short(one.name)} (bytes {one.start} to {one.stop}) "
+                f"and {_short(next_one.name)} (bytes {next_one.start} to "
+                f"{next_one.stop}) overlap"
+            )
+
+
+def _is_shape(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) <= MAX_DIMENSIONS
+    return is_list and all(_is_size(size) for size in value)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.80}"
