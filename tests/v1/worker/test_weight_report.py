@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from vllm.model_executor.model_loader.reload import WeightSyncError, mark_inconsistent
+from vllm.v1.worker.rpc_failure import RpcFailedError, RpcFailure
 from vllm.v1.worker.weight_report import (
     WorkerReply,
     models_of,
@@ -71,13 +72,13 @@ def test_a_worker_without_models_reports_none(worker):
     assert models_of(worker) == []
 
 
-def test_an_exception_travels_as_text():
+def test_of_an_exception_travels_what_can_be_said_of_it():
     class Unpicklable(Exception):
         def __init__(self, one, two):
             super().__init__(f"{one} and {two}")
 
     reply = pickle.loads(pickle.dumps(WorkerReply(None, Unpicklable(1, 2), ())))
-    assert reply.error == "Unpicklable: 1 and 2"
+    assert reply.error == RpcFailure("Unpicklable: 1 and 2")
 
 
 def test_results_in_order_of_rank():
@@ -92,9 +93,10 @@ def test_an_exception_of_this_process_is_raised_unchanged():
 
 
 def test_failed_ranks_are_named_once_per_text():
-    errors = ["A: a", None, "B: b", "A: a"]
-    with pytest.raises(RuntimeError) as raised:
-        results_of([WorkerReply(1, error, ()) for error in errors], "rpc")
+    a, b = RpcFailure("A: a"), RpcFailure("B: b")
+    with pytest.raises(RpcFailedError) as raised:
+        results_of([WorkerReply(1, error, ()) for error in (a, None, b, a)], "rpc")
     summary, *ranks = str(raised.value).splitlines()
     assert "rpc failed on 3 of 4 workers" in summary
     assert ranks == ["rank 0, 3: A: a", "rank 2: B: b"]
+    assert raised.value.failures == {0: a, 2: b, 3: a}

@@ -16,6 +16,7 @@ from vllm.model_executor.model_loader.reload import (
     reload_status,
 )
 from vllm.model_executor.model_loader.reload.agreement import RankFailedError
+from vllm.model_executor.model_loader.reload.errors import SyncConflictError
 from vllm.v1.worker import weight_update_session
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -36,6 +37,16 @@ class Engine:
         self.model = model
         self.fails_at = ""
         self.resets = 0
+        self.taken = 0
+
+    def parse_init_info(self, info: dict) -> dict:
+        return info
+
+    def init_transfer_engine(self, info: dict) -> None:
+        self.taken += 1
+
+    def shutdown(self) -> None:
+        self.taken += 1
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -132,6 +143,22 @@ def test_a_step_that_fails_elsewhere_drops_the_sync(step, worker, others):
     assert worker.weight_transfer_engine.resets == 1
 
 
+@pytest.mark.parametrize("infos", [[], [{}, {}]])
+def test_a_list_has_an_update_for_each_rank(infos, worker):
+    worker.rank = 0
+    worker.start_weight_update()
+    with pytest.raises(ValueError, match=f"each of 1, got a list of {len(infos)}"):
+        worker.update_weights(infos)
+    assert not worker._weight_update_active
+
+
+def test_a_list_of_one_serves_one_rank(worker):
+    worker.rank = 0
+    worker.start_weight_update()
+    worker.update_weights([{}])
+    assert worker._weight_update_active
+
+
 @STEPS
 def test_the_next_session_starts_after_a_failure(step, worker):
     worker.weight_transfer_engine.fails_at = step
@@ -144,16 +171,30 @@ def test_the_next_session_starts_after_a_failure(step, worker):
 
 def test_a_second_start_is_refused_and_the_first_session_stays_open(worker):
     worker.start_weight_update()
-    with pytest.raises(RuntimeError, match="already"):
+    with pytest.raises(SyncConflictError, match="already"):
         worker.start_weight_update()
     assert worker._weight_update_active
     assert state(worker) == "updating"
 
 
+@pytest.mark.parametrize("rpc", ["init", "shutdown"])
+def test_a_second_trainer_cannot_take_the_engine_away(rpc, worker):
+    rpcs = {
+        "init": lambda: worker.init_weight_transfer_engine({}),
+        "shutdown": worker.shutdown_weight_transfer_engine,
+    }
+    rpcs[rpc]()
+    worker.start_weight_update()
+    with pytest.raises(SyncConflictError, match="open already"):
+        rpcs[rpc]()
+    assert worker._weight_update_active
+    assert worker.weight_transfer_engine.taken == 1
+
+
 @pytest.mark.parametrize("step", ["update", "finish"])
 def test_a_step_without_a_start_leaves_other_syncs_alone(step, worker):
     initialize_layerwise_reload(worker.model_runner.get_model())
-    with pytest.raises(RuntimeError, match="start_weight_update"):
+    with pytest.raises(SyncConflictError, match="start_weight_update"):
         worker.update_weights({}) if step == "update" else worker.finish_weight_update()
     assert state(worker) == "updating"
 

@@ -8,7 +8,6 @@ exception as a reply would leave those of other workers in their queues, where t
 RPC would take them for its own.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import ReloadStatus, reload_status
 from vllm.v1.serial_utils import run_method
+from vllm.v1.worker.rpc_failure import RpcFailedError, RpcFailure
 
 __all__ = ["WorkerReply", "models_of", "results_of", "run_and_report", "weight_states"]
 
@@ -30,20 +30,19 @@ class WorkerReply:
 
     Attributes:
         result: what the RPC returned; None if it raised.
-        error: what it raised. Not every exception can be pickled, so between processes
-            it travels as text.
+        error: what it raised; between processes, what can be said of it.
         states: the weights' state of this worker's models, the served one first.
 
     """
 
     result: Any
-    error: Exception | str | None
+    error: Exception | RpcFailure | None
     states: tuple[ReloadStatus, ...]
 
     def __reduce__(self):
         error = self.error
         if isinstance(error, Exception):
-            error = f"{type(error).__name__}: {error}"
+            error = RpcFailure.of(error)
         return type(self), (self.result, error, self.states)
 
 
@@ -85,25 +84,22 @@ def results_of(replies: Sequence[WorkerReply], method: str | Callable) -> list[A
 
     Raises:
         Exception: what it raised, if the worker lives in this process.
-        RuntimeError: it raised on workers in other processes; the message says what,
+        RpcFailedError: it raised on workers in other processes; the message says what,
             and on which ranks.
 
     """
-    errors = [reply.error for reply in replies if reply.error is not None]
+    errors = {rank: reply.error for rank, reply in enumerate(replies) if reply.error}
     if not errors:
         return [reply.result for reply in replies]
-    if isinstance(errors[0], Exception):
-        raise errors[0]
-    raise RuntimeError(
+    for error in errors.values():
+        if isinstance(error, Exception):
+            raise error
+    raise RpcFailedError(
         f"The RPC {method} failed on {len(errors)} of {len(replies)} workers, whose "
-        f"stack traces are in the log above.\n{_by_rank(replies)}"
+        "stack traces are in the log above.",
+        {
+            rank: error
+            for rank, error in errors.items()
+            if isinstance(error, RpcFailure)
+        },
     )
-
-
-def _by_rank(replies: Sequence[WorkerReply]) -> str:
-    """List what the ranks raised, each text once."""
-    ranks = defaultdict[Any, list[str]](list)
-    for rank, reply in enumerate(replies):
-        if reply.error is not None:
-            ranks[reply.error].append(str(rank))
-    return "\n".join(f"rank {', '.join(at)}: {error}" for error, at in ranks.items())

@@ -17,9 +17,17 @@ from vllm.model_executor.model_loader.reload import (
     mark_inconsistent,
 )
 from vllm.model_executor.model_loader.reload.agreement import agree_across_ranks
+from vllm.model_executor.model_loader.reload.errors import SyncConflictError
 from vllm.v1.worker.weight_report import models_of
 
-__all__ = ["continues_session", "drops_weights", "opens_session", "reloads_at_once"]
+__all__ = [
+    "check_per_rank",
+    "continues_session",
+    "drops_weights",
+    "opens_session",
+    "outside_sessions",
+    "reloads_at_once",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,6 +43,7 @@ def opens_session(start: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
     @wraps(start)
     def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
         with _on_all_ranks(worker, closes=not worker._weight_update_active):
+            _check_none_open(worker)
             return start(worker, *args, **kwargs)
 
     return agreed
@@ -49,9 +58,38 @@ def continues_session(step: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
     @wraps(step)
     def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
         with _on_all_ranks(worker, closes=worker._weight_update_active):
+            if not worker._weight_update_active:
+                raise SyncConflictError(
+                    "no weight update is open; call start_weight_update first"
+                )
             return step(worker, *args, **kwargs)
 
     return agreed
+
+
+def check_per_rank(update_info: Any, ranks: int) -> None:
+    """Check that a list of update infos has one for each rank.
+
+    Raises:
+        ValueError: it has more or fewer.
+
+    """
+    if isinstance(update_info, list) and len(update_info) != ranks:
+        raise ValueError(
+            f"expected one update_info for all ranks, or a list with one for each of "
+            f"{ranks}, got a list of {len(update_info)}"
+        )
+
+
+def outside_sessions(rpc: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
+    """Wrap an RPC that would take an open session's engine away."""
+
+    @wraps(rpc)
+    def checked(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        _check_none_open(worker)
+        return rpc(worker, *args, **kwargs)
+
+    return checked
 
 
 def reloads_at_once(reload: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
@@ -89,6 +127,14 @@ def _on_all_ranks(worker: Any, closes: bool) -> Iterator[None]:
         if closes:
             _close(worker, f"{type(error).__name__}: {error}")
         raise
+
+
+def _check_none_open(worker: Any) -> None:
+    if worker._weight_update_active:
+        raise SyncConflictError(
+            "a weight update is open already; finish_weight_update ends it, also when "
+            "it is incomplete and fails"
+        )
 
 
 def _close(worker: Any, reason: str) -> None:

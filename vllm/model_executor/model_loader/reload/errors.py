@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Finding", "WeightSyncError"]
+__all__ = ["MAX_LINES", "Finding", "SyncConflictError", "WeightSyncError"]
 
 # A message is read in a terminal and in an HTTP body: it must stay short.
 MAX_LINES = 20
@@ -69,3 +69,7 @@ class WeightSyncError(RuntimeError):
             return [self.summary, *found]
         shown = found[: MAX_LINES - 2]
         return [self.summary, *shown, f"  and {len(found) - len(shown)} more"]
+
+
+class SyncConflictError(RuntimeError):
+    """A call came while another sync was open, or while none was."""
