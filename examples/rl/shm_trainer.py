@@ -37,9 +37,9 @@ class Trainer:
 
     def __init__(self, url: str, api_key: str = "", bucket_bytes: int = 1 << 30):
         self._url, self._headers = url, {"Authorization": f"Bearer {api_key}"}
-        name = f"vllm-weights-{uuid4().hex}"
-        self._bucket = SharedMemory(name, create=True, size=bucket_bytes)
-        self.post("init_weight_transfer_engine", init_info={"segment": name})
+        self.segment = f"vllm-weights-{uuid4().hex}"
+        self._bucket = SharedMemory(self.segment, create=True, size=bucket_bytes)
+        self.post("init_weight_transfer_engine", init_info={"segment": self.segment})
 
     def sync(self, tensors: Iterable[Named]) -> None:
         """Push a checkpoint; it serves when this returns."""
@@ -77,7 +77,7 @@ class Trainer:
 
     def _empty_chunk(self) -> dict[str, Any]:
         lists = ("names", "dtype_names", "shapes", "offsets")
-        return {"segment": self._bucket.name, **{key: [] for key in lists}}
+        return {"segment": self.segment, **{key: [] for key in lists}}
 
     def _write(self, tensor: torch.Tensor, start: int) -> None:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

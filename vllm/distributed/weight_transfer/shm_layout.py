@@ -22,24 +22,11 @@ MAX_DIMENSIONS = 8
 MAX_NAME = 1024
 
 # No bool: a byte that is neither 0 nor 1 would be undefined behaviour.
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.float8_e4m3fn,
-        torch.float8_e4m3fnuz,
-        torch.float8_e5m2,
-        torch.float8_e5m2fnuz,
-        torch.float8_e8m0fnu,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-    )
+_FLOATS = "float64 float32 float16 bfloat16"
+_FLOATS_8 = "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
+_INTEGERS = "int64 int32 int16 int8 uint8"
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in f"{_FLOATS} {_FLOATS_8} {_INTEGERS}".split()
 }
 
 

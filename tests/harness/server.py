@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A real server in a process of its own, asked over HTTP."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+KEY = "the key of this test"
+START_SECONDS = 300
+STOP_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    Attributes:
+        url: where.
+        process: its process, which leads a group of its own.
+        log: what it has printed.
+    """
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+
+    def post(self, route: str, body: Any, key: str = KEY) -> requests.Response:
+        """Ask it."""
+        headers = {"Authorization": f"Bearer {key}"}
+        return requests.post(
+            f"{self.url}/{route}", json=body, headers=headers, timeout=60
+        )
+
+    def wait(self) -> None:
+        """Wait until it serves.
+
+        Raises:
+            RuntimeError: it ended, or takes too long; the message ends with its log.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while not self._is_healthy():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                tail = self.log.read_text()[-5000:]
+                raise RuntimeError(f"the server does not start:\n{tail}")
+            time.sleep(1)
+
+    def stop(self) -> None:
+        """End it and what it has started."""
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        finally:
+            _kill_group(self.process.pid)
+
+    def _is_healthy(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=5).ok
+        except requests.ConnectionError:
+            return False
+
+
+@contextmanager
+def starting(
+    model: Path, log: Path, options: list[str], environment: Mapping[str, str]
+) -> Iterator[Server]:
+    """Start a server in dev mode that asks for `KEY`; it is stopped at the end.
+
+    Args:
+        model: folder of the checkpoint.
+        log: file for what it prints.
+        options: more of the command line.
+        environment: more variables.
+    """
+    port = str(_free_port())
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model), "--served-model-name", "tiny"]
+    command += ["--host", "127.0.0.1", "--port", port, "--api-key", KEY, *options]
+    variables = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", **environment}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            env=variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _kill_group(leader: int) -> None:
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        return
