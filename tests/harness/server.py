@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A real server in a process of its own, asked over HTTP."""
 
+import json
 import os
 import signal
 import socket
@@ -41,6 +42,20 @@ class Server:
         return requests.post(
             f"{self.url}/{route}", json=body, headers=headers, timeout=60
         )
+
+    @contextmanager
+    def stream(self, route: str, body: Any) -> Iterator[Iterator[dict]]:
+        """Ask it for a stream, and give what comes as it comes."""
+        headers = {"Authorization": f"Bearer {KEY}"}
+        with requests.post(
+            f"{self.url}/{route}",
+            json={**body, "stream": True},
+            headers=headers,
+            timeout=60,
+            stream=True,
+        ) as response:
+            lines = (line.removeprefix(b"data: ") for line in response.iter_lines())
+            yield (json.loads(line) for line in lines if line not in (b"", b"[DONE]"))
 
     def wait(self) -> None:
         """Wait until it serves.

@@ -6,6 +6,9 @@ Two servers, started once: one that serves the old weights until a sync is whole
 one that commits layer by layer. The trainer is the example.
 """
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -42,8 +45,24 @@ REQUEST = {
     "ignore_eos": True,
     "return_token_ids": True,
 }
+LONG_REQUEST = {**REQUEST, "max_tokens": 80}
 SCALE = "model.layers.0.mlp.experts.0.down_proj.weight_scale_inv"
 NORM = "model.norm.weight"
+
+# A trainer that has sent some chunks.
+KILLED = f"""
+import os, signal, sys
+from examples.rl.shm_trainer import Trainer
+from tests.checkpoints import CASES
+
+def tensors():
+    for count, item in enumerate(CASES["qwen3_moe-fp8_block"].tensors({B})):
+        if count == 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+
+Trainer(*sys.argv[1:], {BUCKET_BYTES}).sync(tensors())
+"""
 
 Named = tuple[str, torch.Tensor]
 Answer = tuple[list[int], list[float]]
@@ -104,6 +123,10 @@ def ask(server: Server) -> Answer:
     assert response.status_code == 200, response.text
     (choice,) = response.json()["choices"]
     return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+
+def tokens_of(answer: dict) -> list[int]:
+    return answer["choices"][0]["token_ids"]
 
 
 def refused(act: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[int, dict]:
@@ -218,15 +241,42 @@ def test_the_bucket_of_another_trainer_is_refused(server, trainer, fresh_a):
     assert ask(server) == fresh_a
 
 
-def test_a_second_sync_waits_for_the_first(server, trainer, fresh_b):
+def test_a_second_sync_waits_for_the_first(server, trainer, fresh_a, fresh_b):
     def interrupted() -> Iterator[Named]:
         for count, item in enumerate(CASE.tensors(B)):
             if count == 100:
                 assert refused(trainer.post, "start_weight_update")[0] == 409
                 assert refused(Trainer, server.url, KEY, BUCKET_BYTES)[0] == 409
+                assert ask(server) == fresh_a
             yield item
 
     trainer.sync(interrupted())
+    assert ask(server) == fresh_b
+
+
+def test_a_paused_request_goes_on_with_the_new_weights(server, trainer, fresh_b):
+    old = tokens_of(server.post("v1/completions", LONG_REQUEST).json())
+    with server.stream("v1/completions", LONG_REQUEST) as answers:
+        tokens = tokens_of(next(answers))
+        assert server.post("pause?mode=keep", {}).status_code == 200
+        trainer.sync(CASE.tensors(B))
+        assert server.post("resume", {}).status_code == 200
+        for answer in answers:
+            tokens += tokens_of(answer)
+    assert len(tokens) == len(old)
+    assert tokens[0] == old[0]
+    assert tokens != old
+    assert ask(server) == fresh_b
+
+
+def test_a_request_that_is_not_paused_is_not_lost(server, trainer, fresh_b):
+    new = list(CASE.tensors(B))
+    with server.stream("v1/completions", LONG_REQUEST) as answers:
+        tokens = tokens_of(next(answers))
+        trainer.sync(new)
+        for answer in answers:
+            tokens += tokens_of(answer)
+    assert len(tokens) == LONG_REQUEST["max_tokens"]
     assert ask(server) == fresh_b
 
 
@@ -242,20 +292,17 @@ def test_a_chunk_needs_a_start(server, trainer, fresh_a):
     assert ask(server) == fresh_a
 
 
-def test_who_comes_after_a_dead_trainer_starts_anew(server, trainer, fresh_a, fresh_b):
-    def dies() -> Iterator[Named]:
-        for count, item in enumerate(CASE.tensors(B)):
-            if count == 100:
-                raise KeyboardInterrupt
-            yield item
-
-    with pytest.raises(KeyboardInterrupt):
-        trainer.sync(dies())
+def test_who_comes_after_a_killed_trainer_starts_anew(server, fresh_a, fresh_b):
+    with closing(Trainer(server.url, KEY, BUCKET_BYTES)) as trainer:
+        trainer.sync(CASE.tensors(A))
+    killed = subprocess.run([sys.executable, "-c", KILLED, server.url, KEY], text=True)
+    assert killed.returncode == -signal.SIGKILL
     assert ask(server) == fresh_a
-    assert refused(trainer.post, "start_weight_update")[0] == 409
-    assert refused(trainer.post, "finish_weight_update")[0] == 422
+    assert refused(Trainer, server.url, KEY, BUCKET_BYTES)[0] == 409
+    assert server.post("finish_weight_update", {}).status_code == 422
     assert ask(server) == fresh_a
-    trainer.sync(CASE.tensors(B))
+    with closing(Trainer(server.url, KEY, BUCKET_BYTES)) as next_trainer:
+        next_trainer.sync(CASE.tensors(B))
     assert ask(server) == fresh_b
 
 

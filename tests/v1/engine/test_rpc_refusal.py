@@ -28,10 +28,10 @@ LISTED_SCALE = {
 }
 
 
-def call(method: Any) -> Future:
+def call(method: Any, name: str = "collective_rpc") -> Future:
     """Call a method of an engine core from its client."""
     sent: list[UtilityOutput] = []
-    EngineCoreProc._invoke_utility_method("rpc", method, UtilityOutput(7), sent.append)
+    EngineCoreProc._invoke_utility_method(name, method, UtilityOutput(7), sent.append)
     message = MsgpackEncoder().encode(EngineCoreOutputs(utility_output=sent[0]))
     received = MsgpackDecoder(EngineCoreOutputs).decode(message)
     future: Future = Future()
@@ -91,7 +91,16 @@ def test_however_results_are_encoded(monkeypatch, insecure):
 def test_an_error_of_the_engine_stays_as_it_is():
     error = raised(RuntimeError("out of order"))
     assert type(error) is Exception
-    assert str(error) == "Call to rpc method failed: out of order"
+    assert str(error) == "Call to collective_rpc method failed: out of order"
+
+
+def test_an_error_of_another_method_stays_as_it_is():
+    def fail() -> None:
+        raise ValueError("no such adapter")
+
+    error = call(fail, "add_lora").exception(timeout=0)
+    assert type(error) is Exception
+    assert str(error) == "Call to add_lora method failed: no such adapter"
 
 
 def test_ranks_are_named_where_they_failed():
@@ -141,7 +150,8 @@ def test_who_does_not_wait_any_more_is_left_alone():
     def fail() -> None:
         raise WeightSyncError("no")
 
-    EngineCoreProc._invoke_utility_method("rpc", fail, UtilityOutput(7), sent.append)
+    output = UtilityOutput(7)
+    EngineCoreProc._invoke_utility_method("collective_rpc", fail, output, sent.append)
     cancelled: Future = Future()
     cancelled.cancel()
     waiting = {7: cancelled}

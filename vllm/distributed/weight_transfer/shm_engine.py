@@ -84,6 +84,7 @@ class SharedMemoryWeightTransferEngine(
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
 
+    # Not in a constructor: its arguments differ between versions of vLLM.
     _bucket: Bucket | None = None
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:

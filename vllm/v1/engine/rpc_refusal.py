@@ -90,7 +90,10 @@ class RpcRefusedError(GracefulHTTPError):
 
 
 def tells_refusals(invoke: Invoke) -> Invoke:
-    """Wrap how an engine core calls a method for a client and sends what came of it."""
+    """Wrap how an engine core calls a method for a client and sends what came of it.
+
+    Other methods than RPCs keep their errors as they are.
+    """
 
     @wraps(invoke)
     def telling(
@@ -99,6 +102,9 @@ def tells_refusals(invoke: Invoke) -> Invoke:
         output: UtilityOutput,
         enqueue_output: Callable,
     ) -> None:
+        if name != "collective_rpc":
+            return invoke(name, get_result, output, enqueue_output)
+
         def noted() -> Any:
             try:
                 return get_result()
