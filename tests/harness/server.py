@@ -76,7 +76,7 @@ class Server:
         try:
             self.process.wait(STOP_SECONDS)
         finally:
-            _kill_group(self.process.pid)
+            _end_group(self.process.pid)
 
     def _is_healthy(self) -> bool:
         try:
@@ -123,8 +123,13 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _kill_group(leader: int) -> None:
+def _end_group(leader: int) -> None:
+    """Let workers free their shared memory, and kill those that take too long."""
+    deadline = time.monotonic() + STOP_SECONDS
     try:
+        while time.monotonic() < deadline:
+            os.killpg(leader, 0)
+            time.sleep(0.1)
         os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:
         return

@@ -315,9 +315,13 @@ def test_half_committed_weights_are_fenced(running, fresh_a, fresh_b):
         answer = server.post("v1/completions", REQUEST)
         assert answer.status_code == 503
         assert "layers are committed" in answer.json()["error"]["message"]
+        health = requests.get(f"{server.url}/health", timeout=60)
+        assert health.status_code == 503
+        assert "layers are committed" in health.json()["error"]["message"]
         trainer.sync(CASE.tensors(A))
         assert ask(server) == fresh_a
         trainer.sync(CASE.tensors(B))
+        assert requests.get(f"{server.url}/health", timeout=60).status_code == 200
     assert ask(server) == fresh_b
 
 

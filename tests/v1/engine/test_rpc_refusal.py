@@ -13,6 +13,7 @@ from vllm.model_executor.model_loader.reload.errors import Finding, SyncConflict
 from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import _process_utility_output
+from vllm.v1.engine.refused_output import WeightsInconsistentError
 from vllm.v1.engine.rpc_refusal import RpcRefusedError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.worker.rpc_failure import RpcFailedError, RpcFailure
@@ -92,6 +93,15 @@ def test_an_error_of_the_engine_stays_as_it_is():
     error = raised(RuntimeError("out of order"))
     assert type(error) is Exception
     assert str(error) == "Call to collective_rpc method failed: out of order"
+
+
+def test_a_refusal_of_all_requests_arrives():
+    def check() -> None:
+        raise WeightsInconsistentError("a mixture")
+
+    error = call(check, "check_weights").exception(timeout=0)
+    assert isinstance(error, RpcRefusedError)
+    assert (error.http_status, str(error)) == (503, "a mixture")
 
 
 def test_an_error_of_another_method_stays_as_it_is():

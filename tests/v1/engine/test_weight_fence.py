@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.refused_output import WeightsInconsistentError
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import run_method
 from vllm.v1.worker import weight_report
@@ -280,6 +281,16 @@ def test_without_a_commit_nothing_is_forgotten():
     core.collective_rpc("harmless", args=(1,))
     break_weights(core)
     assert not core.scheduler.forgotten
+
+
+def test_an_engine_core_tells_whether_it_serves():
+    core = make_core()
+    core.check_weights()
+    break_weights(core)
+    with pytest.raises(WeightsInconsistentError, match=REASON):
+        core.check_weights()
+    core.collective_rpc("sync")
+    core.check_weights()
 
 
 def test_what_cannot_be_forgotten_is_an_error():

@@ -29,6 +29,7 @@ __all__ = ["RpcRefusal", "RpcRefusedError", "raises_refusals", "tells_refusals"]
 Invoke = Callable[[str, Callable[[], Any], UtilityOutput, Callable], None]
 Process = Callable[[UtilityOutput, dict[int, Any]], None]
 
+TOLD = ("collective_rpc", "check_weights")
 MAX_LISTED = 20
 
 
@@ -59,6 +60,8 @@ class RpcRefusal:
         # Clients import this module, and have no workers.
         from vllm.v1.worker.rpc_failure import RpcFailedError, RpcFailure
 
+        if isinstance(error, GracefulHTTPError):
+            return cls(str(error), error.http_status, [], [], 0)
         if isinstance(error, RpcFailedError):
             failures = error.failures
         else:
@@ -92,7 +95,7 @@ class RpcRefusedError(GracefulHTTPError):
 def tells_refusals(invoke: Invoke) -> Invoke:
     """Wrap how an engine core calls a method for a client and sends what came of it.
 
-    Other methods than RPCs keep their errors as they are.
+    Other methods than those in `TOLD` keep their errors as they are.
     """
 
     @wraps(invoke)
@@ -102,7 +105,7 @@ def tells_refusals(invoke: Invoke) -> Invoke:
         output: UtilityOutput,
         enqueue_output: Callable,
     ) -> None:
-        if name != "collective_rpc":
+        if name not in TOLD:
             return invoke(name, get_result, output, enqueue_output)
 
         def noted() -> Any:

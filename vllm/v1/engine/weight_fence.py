@@ -30,6 +30,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import ReloadStatus
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine.refused_output import WeightsInconsistentError
 from vllm.v1.engine.weight_refusal import refuse, refuse_finished
 from vllm.v1.engine.weight_state import EngineWeightState
 from vllm.v1.request import Request, RequestStatus
@@ -102,6 +103,16 @@ class WeightFence:
             return True
         self._end([request], self._refusal)
         return False
+
+    def check(self) -> None:
+        """Check that requests are served.
+
+        Raises:
+            WeightsInconsistentError: they are refused; the message says why.
+
+        """
+        if self._refusal is not None:
+            raise WeightsInconsistentError(self._refusal)
 
     def check_step(self, outputs: StepOutputs) -> None:
         """Fail what a step served, if a kernel met a bad scale in it.
