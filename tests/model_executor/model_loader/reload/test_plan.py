@@ -314,3 +314,16 @@ def test_of_a_target_the_last_source_counts_also_where_the_first_was_put_off():
     copies.add(copy, torch.full((4,), 2.0), memory)
     copies.flush()
     assert launched == [{}] and memory.tolist() == [2] * 4
+
+
+def test_what_went_by_plan_counts_as_loaded(make_model, monkeypatch):
+    case = CASES["qwen3_moe-bf16"]
+    model, vllm_config = built = make_model(case, seed=1)
+    loaded = []
+    with built.worker_context():
+        for plan in ("0", "1"):
+            monkeypatch.setenv("VLLM_RELOAD_PLAN", plan)
+            initialize_layerwise_reload(model)
+            loaded.append(model.load_weights(list(case.tensors(2))))
+            finalize_layerwise_reload(model, vllm_config.model_config)
+    assert loaded[0] == loaded[1] == {name for name, _ in model.named_parameters()}

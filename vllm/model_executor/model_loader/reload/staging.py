@@ -89,6 +89,11 @@ class StagedTensor:
         return meta_tensors.like(data, memory)
 
     @property
+    def path(self) -> str:
+        """Its qualified name."""
+        return f"{self.layer}.{self.name}".removeprefix(".")
+
+    @property
     def written(self) -> list[Box]:
         """The boxes that this sync wrote."""
         return self.ledger.written

@@ -207,6 +207,10 @@ class ReloadTransaction:
 
         When it returns, nothing refers to the chunk's tensors any more.
 
+        Returns:
+            What the model's own returns. To names of parameters those are added that
+            this sync brought past the model.
+
         Raises:
             WeightSyncError: the sync was aborted before, or a tensor was refused; the
                 sync is then aborted.
@@ -230,6 +234,8 @@ class ReloadTransaction:
             raise
         finally:
             self._recorder.end()
+        if isinstance(result, set):
+            result |= {tensor.path for tensor in self._layers_of if tensor.written}
         return result
 
     def finish(self, model_config: ModelConfig | None) -> None:
