@@ -19,6 +19,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from vllm.model_executor.model_loader.safetensors_header import read_header
+
 __all__ = ["Checkpoint", "StoredTensor", "UnreadableCheckpoint", "open_checkpoint"]
 
 _INDEX = "model.safetensors.index.json"
@@ -212,11 +214,6 @@ def _read_header(file: Path) -> Iterator[StoredTensor]:
             pass  # looks at the header, and at the length of the file
     except (OSError, SafetensorError) as error:
         raise UnreadableCheckpoint(f"{file}: {error}; fetch it again") from error
-    with open(file, "rb") as stream:  # safetensors does not say where tensors start
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        shape = tuple(entry["shape"])
-        yield StoredTensor(name, file, entry["dtype"], shape, begin, end - begin)
+    with open(file, "rb") as stream:
+        for name, dtype, shape, start, nbytes in read_header(stream):
+            yield StoredTensor(name, file, dtype, shape, start, nbytes)

@@ -10,13 +10,14 @@ between: whoever publishes a checkpoint should write new files and rename them.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from vllm.model_executor.model_loader.safetensors_header import read_header
 
 from .errors import WeightSyncError
 
@@ -63,18 +64,10 @@ class CheckpointFile:
             raise
 
     def _stored(self) -> list[StoredTensor]:
-        """Where each tensor is, which the library does not tell."""
+        """Where each tensor is."""
         size = os.fstat(self._file.fileno()).st_size
-        header_bytes = int.from_bytes(self._file.read(8), "little")
-        if header_bytes > size:
-            return []  # the library says what is wrong
-        header = json.loads(self._file.read(header_bytes))
-        header.pop("__metadata__", None)
-        places = [(*entry["data_offsets"], name) for name, entry in header.items()]
-        tensors = [
-            StoredTensor(self, name, 8 + header_bytes + begin, end - begin)
-            for begin, end, name in sorted(places)
-        ]
+        entries = sorted(read_header(self._file), key=lambda entry: entry.start)
+        tensors = [StoredTensor(self, e.name, e.start, e.nbytes) for e in entries]
         for stored in tensors:
             stop = stored.start + stored.nbytes
             if stop > size:
