@@ -44,8 +44,12 @@ class Trainer:
     def sync(self, tensors: Iterable[Named]) -> None:
         """Push a checkpoint; it serves when this returns."""
         self.post("start_weight_update")
-        for chunk in self._chunks(tensors):
-            self.post("update_weights", update_info=chunk)
+        try:
+            for chunk in self._chunks(tensors):
+                self.post("update_weights", update_info=chunk)
+        except Exception:
+            self.post("abort_weight_update")
+            raise
         self.post("finish_weight_update")
 
     def post(self, route: str, **body: Any) -> None:
@@ -64,6 +68,8 @@ class Trainer:
     def _chunks(self, tensors: Iterable[Named]) -> Iterator[dict[str, Any]]:
         chunk, start = self._empty_chunk(), 0
         for name, tensor in tensors:
+            if tensor.nbytes > self._bucket.size:
+                raise ValueError(f"{name} needs a bucket of {tensor.nbytes} bytes")
             if chunk["names"] and start + tensor.nbytes > self._bucket.size:
                 yield chunk
                 chunk, start = self._empty_chunk(), 0

@@ -38,9 +38,11 @@ class Server:
 
     def post(self, route: str, body: Any, key: str = KEY) -> requests.Response:
         """Ask it."""
-        headers = {"Authorization": f"Bearer {key}"}
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        # `requests` would not send NaN, as others do.
+        data = json.dumps(body)
         return requests.post(
-            f"{self.url}/{route}", json=body, headers=headers, timeout=60
+            f"{self.url}/{route}", data=data, headers=headers, timeout=60
         )
 
     @contextmanager

@@ -29,6 +29,7 @@ CHANGES_WEIGHTS = {
     "/start_weight_update",
     "/update_weights",
     "/finish_weight_update",
+    "/abort_weight_update",
     "/collective_rpc",
     "/pause",
     "/resume",

@@ -177,6 +177,21 @@ def test_a_second_start_is_refused_and_the_first_session_stays_open(worker):
     assert state(worker) == "updating"
 
 
+def test_an_aborted_session_is_dropped_and_the_next_one_starts(worker):
+    worker.start_weight_update()
+    worker.abort_weight_update()
+    assert state(worker) == "serving"
+    assert not worker._weight_update_active
+    worker.start_weight_update()
+    assert state(worker) == "updating"
+
+
+def test_an_abort_without_a_session_leaves_other_syncs_alone(worker):
+    initialize_layerwise_reload(worker.model_runner.get_model())
+    worker.abort_weight_update()
+    assert state(worker) == "updating"
+
+
 @pytest.mark.parametrize("rpc", ["init", "shutdown"])
 def test_a_second_trainer_cannot_take_the_engine_away(rpc, worker):
     rpcs = {

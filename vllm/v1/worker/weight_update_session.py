@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.reload.errors import SyncConflictError
 from vllm.v1.worker.weight_report import models_of
 
 __all__ = [
+    "abort_session",
     "check_per_rank",
     "continues_session",
     "drops_weights",
@@ -65,6 +66,12 @@ def continues_session(step: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
             return step(worker, *args, **kwargs)
 
     return agreed
+
+
+def abort_session(worker: Any) -> None:
+    """Drop the open session, if there is one."""
+    if worker._weight_update_active:
+        _close(worker, "the weight update was aborted")
 
 
 def check_per_rank(update_info: Any, ranks: int) -> None:
@@ -132,8 +139,8 @@ def _on_all_ranks(worker: Any, closes: bool) -> Iterator[None]:
 def _check_none_open(worker: Any) -> None:
     if worker._weight_update_active:
         raise SyncConflictError(
-            "a weight update is open already; finish_weight_update ends it, also when "
-            "it is incomplete and fails"
+            "a weight update is open already; end it with finish_weight_update, or "
+            "with abort_weight_update if its trainer is gone"
         )
 
 
