@@ -346,13 +346,16 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
-FIELDS = {
-    "names": st.lists(st.sampled_from([NORM, SCALE, "lm_head", ""]), max_size=2),
-    "dtype_names": st.lists(st.sampled_from(["bfloat16", "float32", "x"]), max_size=2),
-    "shapes": st.lists(st.lists(st.integers(-1, 300), max_size=2), max_size=2),
-    "offsets": st.lists(st.integers(-4, BUCKET_BYTES + 4), max_size=2),
-}
-INFOS = st.fixed_dictionaries({}, optional={k: v | JSON for k, v in FIELDS.items()})
+KEYS = ("names", "dtype_names", "shapes", "offsets")
+ENTRIES = st.tuples(
+    st.sampled_from([NORM, SCALE, "lm_head.weight", "model.layers.9", ""]),
+    st.sampled_from(["bfloat16", "float32", "float8_e4m3fn", "bool"]),
+    st.sampled_from([[256], [2, 1], [], [0], [-1, 3], [1 << 40]]),
+    st.sampled_from([0, 1, 16, 1 << 10, BUCKET_BYTES - 512, BUCKET_BYTES, -16]),
+)
+INFOS = st.lists(ENTRIES, max_size=3).map(
+    lambda entries: {key: [each[n] for each in entries] for n, key in enumerate(KEYS)}
+) | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, JSON))
 
 
 @settings(
