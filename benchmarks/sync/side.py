@@ -77,7 +77,7 @@ class Side:
 
 
 def _free(model: torch.nn.Module) -> None:
-    """Give a GPU's memory back, whoever still holds the model: vLLM keeps some of it."""
+    """Give back GPU memory, whoever still holds the model: vLLM keeps some of it."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_cuda:
             tensor.untyped_storage().resize_(0)
