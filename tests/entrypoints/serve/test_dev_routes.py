@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Who may reach the routes of dev mode; the application and its layers are vLLM's."""
 
+import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +66,14 @@ def app_of(monkeypatch, dev_mode: bool, *options: str) -> FastAPI:
 def routes(app: FastAPI) -> set[tuple[str, str]]:
     paths = app.openapi()["paths"]
     return {(method, path) for path, methods in paths.items() for method in methods}
+
+
+@pytest.fixture(autouse=True)
+def level() -> Iterator[None]:
+    """Keep the root logger's level, which a library of the application's raises."""
+    before = logging.root.level
+    yield
+    logging.root.setLevel(before)
 
 
 @pytest.fixture
