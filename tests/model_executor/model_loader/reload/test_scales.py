@@ -76,6 +76,13 @@ def test_experts_are_told_apart():
     assert (finding.expert, finding.shard) == (1, "up")
 
 
+def test_one_scale_for_each_expert():
+    weight = torch.ones(4, 8, 8)
+    weight[2:] = 0
+    scale = torch.tensor([math.nan, 0, 0, math.nan])
+    assert refused(weight.to(FP8), scale) == 3
+
+
 def test_zero_input_scale():
     assert invalid_scales("layer", {"input_scale": torch.zeros(1)}, {"input_scale"})
 

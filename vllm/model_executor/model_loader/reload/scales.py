@@ -148,7 +148,8 @@ def _zero_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Which blocks of `weight` are zero throughout, in the shape of `scale`."""
     if weight.dim() == 3:  # expert by expert, and only where it matters
         zero = torch.zeros(scale.shape, dtype=torch.bool, device=scale.device)
-        for e in (scale == 0).flatten(1).any(1).nonzero().flatten().tolist():
+        of_expert = (scale == 0).reshape(len(scale), -1)  # also where each has one
+        for e in of_expert.any(1).nonzero().flatten().tolist():
             zero[e] = _zero_blocks(weight[e], scale[e])
         return zero
     sign = 0x7F if weight.dtype in _FP8 else 0xFF  # -0.0 is zero, and -128 is not
