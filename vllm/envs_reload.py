@@ -13,6 +13,9 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     # When synced layers start to serve: "layer", each once it is complete, or "model",
     # all of them at the end, which costs memory for a second model.
     "VLLM_RELOAD_COMMIT": lambda: os.getenv("VLLM_RELOAD_COMMIT", "layer"),
+    # Where the old weights of layers that serve new ones already are kept until a sync
+    # is over, to be put back if it fails: "host", in its memory, or "off", nowhere.
+    "VLLM_RELOAD_ROLLBACK": lambda: os.getenv("VLLM_RELOAD_ROLLBACK", "off"),
     # Whether a tensor that was synced before takes the same way past its loader.
     "VLLM_RELOAD_PLAN": lambda: os.getenv("VLLM_RELOAD_PLAN", "1") == "1",
     # What to do about a bad weight scale: "raise", "warn" or "off".

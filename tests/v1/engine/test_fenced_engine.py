@@ -8,6 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.checkpoints import CASES, write_checkpoint
 
 CASE = CASES["llama-bf16"]
@@ -32,8 +34,27 @@ def load(worker, seed: int, without: str = "") -> None:
     worker.reload_weights(weights_iterator=tensors)
 
 
-def serve(folder: Path) -> dict[str, Seen]:
-    """Serve seed 1, fail to sync to seed 2, sync to it, and back."""
+def load_half(worker, seed: int) -> None:
+    """Leave a sync open of which some layers are committed."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    model = worker.model_runner.get_model()
+    tensors = list(CASE.tensors(seed))
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        model.load_weights(tensors[: len(tensors) // 2])
+
+
+def abort(worker) -> None:
+    from vllm.model_executor.model_loader.reload import abort_layerwise_reload
+
+    abort_layerwise_reload(worker.model_runner.get_model(), "the user gave up")
+
+
+def serve(folder: Path, rollback: str) -> dict[str, Seen]:
+    """Serve seed 1, give up a sync to seed 2, fail in one, sync to it, and back."""
+    os.environ["VLLM_RELOAD_ROLLBACK"] = rollback
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     from vllm import LLM, SamplingParams
@@ -48,9 +69,9 @@ def serve(folder: Path) -> dict[str, Seen]:
             return Seen(error=f"{type(error).__name__}: {error}")
         return Seen(tuple(output.outputs[0].token_ids), output.num_cached_tokens)
 
-    def sync(*args) -> Seen:
+    def sync(*args, how=load) -> Seen:
         try:
-            llm.collective_rpc(load, args=args)
+            llm.collective_rpc(how, args=args)
         except Exception as error:
             return Seen(error=f"{type(error).__name__}: {error}")
         return Seen()
@@ -58,8 +79,12 @@ def serve(folder: Path) -> dict[str, Seen]:
     return {
         "old": generate(),
         "old again": generate(),
+        "half a sync": sync(2, how=load_half),
+        "meanwhile": generate(),
+        "aborted": sync(how=abort),
+        "after the abort": generate(),
         "failed sync": sync(2, OWED),
-        "refused": generate(),
+        "after the failure": generate(),
         "sync": sync(2),
         "new": generate(),
         "sync back": sync(1),
@@ -67,19 +92,34 @@ def serve(folder: Path) -> dict[str, Seen]:
     }
 
 
-def test_requests_are_refused_from_a_failed_sync_to_a_complete_one(tmp_path):
+@pytest.fixture(params=["off", "host"])
+def rollback(request) -> str:
+    return request.param
+
+
+def test_a_failed_sync_and_a_complete_one(rollback, tmp_path):
+    """Requests are refused from one to the other, unless it is rolled back."""
     folder = write_checkpoint(CASE, seed=1, folder=tmp_path, tokenizer=True)
     # An engine leaves process groups and cached settings behind: it gets a process.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        seen = process.submit(serve, folder).result()
+        seen = process.submit(serve, folder, rollback).result()
 
     assert seen["old again"].tokens == seen["old"].tokens
     assert seen["old again"].cached > 0
+    assert seen["half a sync"] == seen["aborted"] == Seen()
+    assert "a weight sync is under way" in seen["meanwhile"].error
     assert seen["failed sync"].error.startswith("WeightSyncError: ")
     assert "layers.1.self_attn.qkv_proj" in seen["failed sync"].error
-    assert seen["refused"].error.startswith("WeightsInconsistentError: ")
-    assert "layers.1.self_attn.qkv_proj" in seen["refused"].error
+    if rollback == "host":
+        assert seen["after the abort"] == seen["old again"]
+        assert seen["after the failure"] == seen["old again"]
+    else:
+        refusal = "WeightsInconsistentError: "
+        assert seen["after the abort"].error.startswith(refusal)
+        assert "the user gave up" in seen["after the abort"].error
+        assert seen["after the failure"].error.startswith(refusal)
+        assert "layers.1.self_attn.qkv_proj" in seen["after the failure"].error
     assert seen["sync"] == seen["sync back"] == Seen()
     assert seen["new"].cached == 0
     assert seen["new"].tokens not in ((), seen["old"].tokens)

@@ -10,9 +10,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from vllm.model_executor.model_loader.reload.commit import prepare_commit
+from vllm.model_executor.model_loader.reload.commit import (
+    Assignment,
+    Commit,
+    prepare_commit,
+)
 from vllm.model_executor.model_loader.reload.errors import WeightSyncError
 from vllm.model_executor.model_loader.reload.pristine import PristineLayer
+from vllm.model_executor.model_loader.reload.rollback import Rollback
 
 Process = Callable[["Helper", torch.Tensor], None]
 
@@ -101,6 +106,85 @@ def test_new_values_serve(make, read):
     prepared.apply()
     assert layer.weight.tolist() == read(layer.method.held).tolist() == [0.5, 0.5]
     assert layer.weight.data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    "make, read",
+    [pytest.param(*how, id=name) for name, how in HOLDERS.items()],
+)
+def test_a_rollback_puts_back_values_and_objects(make, read):
+    layer, commit = prepare(lambda helper, w: setattr(helper, "held", make(w)))
+    held = layer.method.held
+    roll_back(commit())
+    assert layer.method.held is held
+    assert layer.weight.tolist() == read(held).tolist() == [3, 3]
+
+
+def roll_back(commit: Commit) -> None:
+    rollback = Rollback()
+    rollback.keep(commit)
+    commit.apply()
+    rollback.restore()
+
+
+@pytest.mark.parametrize("applied", range(5), ids="{} of 4 applied".format)
+def test_a_rollback_of_a_commit_that_broke_off(applied):
+    def process(helper: Helper, w: torch.Tensor) -> None:
+        is_old = bool(w[0] > 1)
+        helper.level = float(w[0])
+        helper.held = {"big" if is_old else "small": 1}
+        if not is_old:
+            helper.added = 1
+
+    layer, commit = prepare(process)
+    before = vars(layer.method).copy()
+    prepared, rollback = commit(), Rollback()
+    rollback.keep(prepared)
+    assert len(prepared.assignments) == 4
+    for assignment in prepared.assignments[:applied]:
+        assignment.apply()
+    rollback.restore()
+    assert vars(layer.method) == before
+    assert layer.method.held == {"big": 1}
+
+
+def test_a_rollback_starts_with_the_last_commit():
+    helper, rollback = Helper(lambda *_: None), Rollback()
+    for old, new in ((1.0, 2.0), (2.0, 3.0)):
+        assign = functools.partial(setattr, helper, "level")
+        there, back = functools.partial(assign, new), functools.partial(assign, old)
+        commit = Commit("layer", assignments=[Assignment(there, back)])
+        rollback.keep(commit)
+        commit.apply()
+    assert helper.level == 3.0
+    rollback.restore()
+    assert helper.level == 1.0
+
+
+def test_a_rollback_of_two_commits_to_one_memory():
+    layer, first = prepare(lambda helper, w: None, new=0.5)
+    layer.weight.data.fill_(3)
+    other, second = prepare(lambda helper, w: None, new=0.25)
+    other.weight.data = layer.weight.data
+    rollback = Rollback()
+    for commit in (first(), second()):
+        rollback.keep(commit)
+        commit.apply()
+    assert layer.weight.tolist() == [0.25, 0.25]
+    assert rollback.nbytes == layer.weight.nbytes
+    rollback.restore()
+    assert layer.weight.tolist() == [3, 3]
+
+
+def test_a_rollback_of_overlapping_memory():
+    memory = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    rollback = Rollback()
+    for part in (memory[1:3], memory, memory[1:3], memory[2:]):
+        commit = Commit("layer", [(part, torch.rand(part.shape))])
+        rollback.keep(commit)
+        commit.apply()
+    rollback.restore()
+    assert memory.tolist() == [1, 2, 3, 4]
 
 
 def test_held_tensor_keeps_its_address():

@@ -21,6 +21,7 @@ from tests.harness.models import Built, build
 from tests.harness.ranks import Ranks, start_ranks
 from tests.harness.snapshot import Snapshot, assert_same, snapshot
 from vllm.model_executor.model_loader.reload import (
+    ReloadStatus,
     WeightSyncError,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -184,5 +185,27 @@ def sync_without_scale_then_all(rank, policy, folders) -> str:
         assert reload_status(built.model).fenced
     sync(built, policy, tensors)
     assert reload_status(built.model).state == "serving"
+    assert_same(snapshot(built.model), cold_load(EP, folders[EP, 2]))
+    return f"{refused.typename}: {refused.value}"
+
+
+def test_both_ranks_roll_back_when_one_fails(ranks, folders):
+    first, last = ranks.run(roll_back_then_sync, folders)
+    assert first.startswith("RankFailedError: rank 1 of 2 failed: WeightSyncError")
+    assert last.startswith("WeightSyncError: weight sync is incomplete")
+
+
+def roll_back_then_sync(rank, folders) -> str:
+    """Lose a scale of an expert of rank 1, then heal; return the error of the loss."""
+    built = load(EP, folders[EP, 1])
+    before, new = snapshot(built.model), dict(LAYOUTS[EP].case.tensors(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_RELOAD_ROLLBACK", "host")
+        with pytest.raises((WeightSyncError, RankFailedError)) as refused:
+            sync(built, "layer", {n: t for n, t in new.items() if n != LOST_SCALE})
+        assert reload_status(built.model) == ReloadStatus("serving", 0)
+        assert_same(snapshot(built.model), before)
+        sync(built, "layer", new)
+    assert reload_status(built.model) == ReloadStatus("serving", 1)
     assert_same(snapshot(built.model), cold_load(EP, folders[EP, 2]))
     return f"{refused.typename}: {refused.value}"

@@ -9,6 +9,7 @@ name what cannot be paired; applying it cannot fail halfway for such a reason.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
@@ -20,9 +21,30 @@ from .errors import Finding, WeightSyncError
 from .objects import PLAIN, fields
 from .pristine import Shadow, ShadowPart
 
-__all__ = ["Commit", "prepare_commit"]
+__all__ = ["Assignment", "Commit", "Place", "place_of", "prepare_commit"]
+
+Place = tuple[int, torch.Size, tuple[int, ...]]
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def place_of(tensor: torch.Tensor) -> Place:
+    """What two tensors share if they are one; a view of a part is another tensor."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A value that a commit exchanges, adds or removes.
+
+    Attributes:
+        apply: does so.
+        revert: undoes it; without effect before.
+
+    """
+
+    apply: Callable[[], Any]
+    revert: Callable[[], Any]
 
 
 @dataclass
@@ -31,14 +53,14 @@ class Commit:
 
     layer: str
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    assignments: list[Callable[[], Any]] = field(default_factory=list)
+    assignments: list[Assignment] = field(default_factory=list)
 
     @torch.no_grad()
     def apply(self) -> None:
         for live, new in self.copies:
             live.data.copy_(new.data)
-        for assign in self.assignments:
-            assign()
+        for assignment in self.assignments:
+            assignment.apply()
 
 
 def prepare_commit(layer: str, shadow: Shadow, keep: set[str]) -> Commit:
@@ -62,6 +84,20 @@ def prepare_commit(layer: str, shadow: Shadow, keep: set[str]) -> Commit:
     return pairing.commit
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Where an object holds a value: an attribute, or an entry of a dictionary.
+
+    Attributes:
+        fill: puts a value there.
+        empty: takes away what is there, if anything is.
+
+    """
+
+    fill: Callable[[Any], Any]
+    empty: Callable[[], Any]
+
+
 class _Pairing:
     def __init__(self, commit: Commit):
         self.commit = commit
@@ -76,8 +112,7 @@ class _Pairing:
         for name, value in new.items():
             if name in _REGISTRIES or not part.before.touched(name, value):
                 continue
-            assign = partial(setattr, part.live, name)
-            self._pair_item(live, name, value, assign, name)
+            self._pair_item(live, name, value, _attribute(part.live, name), name)
 
     def _pair_tensors(
         self, live: torch.nn.Module, new: Mapping[str, Any], keep: set[str]
@@ -115,10 +150,11 @@ class _Pairing:
     def _pair_containers(self, live: Any, new: Any, path: str) -> Any:
         if isinstance(new, dict):
             for name, value in new.items():
-                assign = partial(live.__setitem__, name)
-                self._pair_item(live, name, value, assign, f"{path}[{name!r}]")
+                slot = _entry(live, name)
+                self._pair_item(live, name, value, slot, f"{path}[{name!r}]")
             for name in live.keys() - new.keys():
-                self.commit.assignments.append(partial(live.pop, name))
+                slot = _entry(live, name)
+                self._assign(slot.empty, partial(slot.fill, live[name]))
             return live
         if isinstance(new, list | tuple | set | frozenset):
             return self._pair_sequence(live, new, path)
@@ -161,10 +197,11 @@ class _Pairing:
         cells = zip(live.__closure__ or (), new.__closure__ or ())
         for name, (old, cell) in zip(live.__code__.co_freevars, cells):
             held = {name: old.cell_contents}
-            assign = partial(setattr, old, "cell_contents")
-            self._pair_item(held, name, cell.cell_contents, assign, f"{path}.{name}")
+            slot = _attribute(old, "cell_contents")
+            self._pair_item(held, name, cell.cell_contents, slot, f"{path}.{name}")
         defaults = self.pair(live.__defaults__ or (), new.__defaults__ or (), path)
-        self._assign(partial(setattr, live, "__defaults__"), defaults or None)
+        fill = _attribute(live, "__defaults__").fill
+        self._assign(partial(fill, defaults or None), partial(fill, live.__defaults__))
         if live.__kwdefaults__ and new.__kwdefaults__:
             self.pair(live.__kwdefaults__, new.__kwdefaults__, path)
         return live
@@ -177,8 +214,8 @@ class _Pairing:
             raise self._refuse(path, f"cannot look into a {type(new).__qualname__}")
         held = fields(live) or {}
         for name, value in parts.items():
-            assign = partial(object.__setattr__, live, name)
-            self._pair_item(held, name, value, assign, f"{path}.{name}")
+            slot = _attribute(live, name, object.__setattr__)
+            self._pair_item(held, name, value, slot, f"{path}.{name}")
         return live
 
     def _pair_item(
@@ -186,16 +223,17 @@ class _Pairing:
         owner: Mapping[str, Any],
         name: str,
         value: Any,
-        assign: Callable[[Any], Any],
+        slot: _Slot,
         path: str,
     ) -> None:
         held = owner.get(name)
         paired = self.pair(held, value, path)
         if paired is not held or name not in owner:
-            self._assign(assign, paired)
+            revert = partial(slot.fill, held) if name in owner else slot.empty
+            self._assign(partial(slot.fill, paired), revert)
 
-    def _assign(self, assign: Callable[[Any], Any], value: Any) -> None:
-        self.commit.assignments.append(partial(assign, value))
+    def _assign(self, apply: Callable[[], Any], revert: Callable[[], Any]) -> None:
+        self.commit.assignments.append(Assignment(apply, revert))
 
     def _copy(self, live: torch.Tensor, new: torch.Tensor, path: str) -> None:
         for what in ("shape", "dtype", "device"):
@@ -212,6 +250,22 @@ class _Pairing:
         finding = Finding(self.commit.layer, path, detail)
         summary = "weight sync cannot put a processed layer into service"
         return WeightSyncError(summary, invalid=[finding])
+
+
+def _attribute(
+    owner: Any, name: str, assign: Callable[[Any, str, Any], None] = setattr
+) -> _Slot:
+    return _Slot(partial(assign, owner, name), partial(_discard, owner, name))
+
+
+def _entry(owner: dict, key: Any) -> _Slot:
+    return _Slot(partial(owner.__setitem__, key), partial(owner.pop, key, None))
+
+
+def _discard(owner: Any, name: str) -> None:
+    """Delete an attribute of the object's own; frozen classes allow that so only."""
+    with suppress(AttributeError):
+        object.__delattr__(owner, name)
 
 
 def _is_function(value: Any) -> bool:

@@ -28,6 +28,7 @@ from .online import OnlineLoad
 from .plan import Route
 from .processing import is_attention
 from .registry import LAYERWISE_INFO, get_layerwise_info
+from .rollback import Rollback
 from .status import ReloadStatus
 from .transaction import CommitPolicy, ModelReload, ReloadTransaction
 from .types import LayerReloadingInfo
@@ -79,7 +80,8 @@ def initialize_layerwise_reload(model: torch.nn.Module, exposed: bool = False) -
             callers that drive their loaders and not `model.load_weights`.
 
     Raises:
-        ValueError: VLLM_RELOAD_COMMIT names no commit policy.
+        ValueError: VLLM_RELOAD_COMMIT names no commit policy, or VLLM_RELOAD_ROLLBACK
+            no kind of rollback.
 
     """
     model = _unwrapped(model)
@@ -90,7 +92,10 @@ def initialize_layerwise_reload(model: torch.nn.Module, exposed: bool = False) -
         reload.transaction.abort("another weight sync was started")
     finish_first_load(model)
     policy = CommitPolicy.from_environment()
-    ReloadTransaction(model, reload, policy, exposed).open()
+    rollback = Rollback.from_environment()
+    if policy is CommitPolicy.MODEL:
+        rollback = None  # until all is known to be good, nothing is overwritten
+    ReloadTransaction(model, reload, policy, exposed, rollback).open()
 
 
 def finalize_layerwise_reload(

@@ -17,7 +17,7 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
 from .agreement import agree_across_ranks
-from .commit import Commit
+from .commit import Commit, Place, place_of
 from .copying import Copies, batch_launcher
 from .errors import WeightSyncError
 from .fingerprint import same_bytes
@@ -27,6 +27,7 @@ from .plan import Plan, Route, fingerprint
 from .planned import PlannedCopies
 from .processing import is_attention, prepare_layer, unservable
 from .registry import get_layerwise_info
+from .rollback import Rollback
 from .routing import RouteRecorder
 from .source import Source, Weights
 from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
@@ -37,13 +38,12 @@ __all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction", "Sync"]
 
 logger = init_logger(__name__)
 
-_Place = tuple[int, torch.Size, tuple[int, ...]]
-
 
 class CommitPolicy(Enum):
     """When staged layers start to serve.
 
-    LAYER: each as soon as it is complete; extra memory for one layer.
+    LAYER: each as soon as it is complete; extra memory for one layer. Whether the old
+        weights serve after a failure is for a `Rollback`.
     MODEL: all of them at the end; extra memory for one model, and whatever fails, the
         old weights serve.
     """
@@ -130,6 +130,8 @@ class ReloadTransaction:
         reload: what is known of its syncs.
         policy: when layers start to serve.
         exposed: whether to show the staged tensors from start to end.
+        rollback: keeps what committed layers held before; without it, a sync that fails
+            after the first of them leaves a mixture.
 
     """
 
@@ -139,10 +141,12 @@ class ReloadTransaction:
         reload: ModelReload,
         policy: CommitPolicy,
         exposed: bool = False,
+        rollback: Rollback | None = None,
     ):
         self._model = model
         self._reload = reload
         self._policy = policy
+        self._rollback = rollback
         self._load_weights: Any = getattr(model, "load_weights", None)
         self._exposed = exposed or self._load_weights is None
         placements = expert_placements(model)
@@ -171,8 +175,9 @@ class ReloadTransaction:
         devices = {tensor.device for tensor in self._layers_of}
         copies = Copies(batch_launcher(devices.pop()) if len(devices) == 1 else None)
         self._planned = PlannedCopies(routes, self._layers_of, self._mode.touch, copies)
-        self._claimed: dict[_Place, torch.Tensor] = {}
+        self._claimed: dict[Place, torch.Tensor] = {}
         self._loading = False
+        self._model_processed = False
         self._failure: str | None = None
 
     @property
@@ -260,18 +265,26 @@ class ReloadTransaction:
         self._succeed()
 
     def fail(self, reason: str) -> None:
-        """Drop what is staged, and refuse what is loaded until the sync is closed."""
+        """Drop what is staged, and refuse what is loaded until the sync is closed.
+
+        Layers that were committed are rolled back, or else the model is fenced.
+        """
         if self._failure is not None:
             return
         self._failure = reason
-        if self.mixture:
+        mixture = self.mixture
+        lost, fenced = self._reload.lost, self._reload.fenced
+        if mixture:
             self._reload.fenced = True
             self._reload.lost = (
-                f"a weight sync failed when {self.mixture}; complete a sync to serve "
+                f"a weight sync failed when {mixture}; complete a sync to serve "
                 f"again. It failed at {reason}"
             )
         for layer in self._layers:
             self._drop(layer)
+        if mixture and self._rollback is not None and self._restored(self._rollback):
+            self._reload.lost, self._reload.fenced = lost, fenced
+            logger.warning("A weight sync failed when %s: rolled back.", mixture)
 
     def abort(self, reason: str) -> None:
         """Drop what is staged, and close."""
@@ -298,8 +311,25 @@ class ReloadTransaction:
             self._recorder.count,
         )
 
+    def _restored(self, rollback: Rollback) -> bool:
+        """Let what served before this sync serve again; tell whether that worked."""
+        try:
+            with self._aside():
+                rollback.restore()
+            if self._model_processed:
+                self._process_model()
+        except Exception as error:
+            logger.exception("The old weights could not be put back.")
+            self._reload.lost += f". The old weights could not be put back: {error!r}"
+            return False
+        for layer in self._layers:
+            layer.committed = False
+        return True
+
     def _close(self) -> None:
         self._claimed.clear()  # whoever still holds this holds no staged memory
+        if self._rollback is not None:
+            self._rollback.clear()
         if self._reload.transaction is self:
             vars(self._model).pop("load_weights", None)
             self._reload.transaction = None
@@ -418,6 +448,7 @@ class ReloadTransaction:
         """Run the model's own hook, which a cold load runs after all layers."""
         hook = getattr(self._model, "process_weights_after_loading", None)
         if callable(hook) and not is_attention(self._model):
+            self._model_processed = True
             hook()
 
     @contextmanager
@@ -433,7 +464,7 @@ class ReloadTransaction:
         it; the next checkpoint may not.
         """
         for live, new in commit.copies:
-            other = self._claimed.get(_place(live))
+            other = self._claimed.get(place_of(live))
             if other is not None and not same_bytes(other, new):
                 raise WeightSyncError(
                     f"weight sync sends {commit.layer} values that differ from those "
@@ -442,9 +473,11 @@ class ReloadTransaction:
         # What will be applied at once is in the live tensor, and not kept twice.
         at_once = self._policy is CommitPolicy.LAYER
         for live, new in commit.copies:
-            self._claimed[_place(live)] = live if at_once else new
+            self._claimed[place_of(live)] = live if at_once else new
 
     def _apply(self, layer: StagedLayer, commit: Commit) -> None:
+        if self._rollback is not None:
+            self._rollback.keep(commit)
         layer.committed = True  # from the first copy on
         commit.apply()
         self._drop(layer)
@@ -456,8 +489,3 @@ class ReloadTransaction:
             owners = self._layers_of[tensor]
             if self._failure is not None or all(owner.committed for owner in owners):
                 self._mode.forget(tensor)
-
-
-def _place(tensor: torch.Tensor) -> _Place:
-    """What two tensors share if they are one; a view of a part is another tensor."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
