@@ -18,6 +18,9 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     "VLLM_RELOAD_ROLLBACK": lambda: os.getenv("VLLM_RELOAD_ROLLBACK", "off"),
     # Whether a tensor that was synced before takes the same way past its loader.
     "VLLM_RELOAD_PLAN": lambda: os.getenv("VLLM_RELOAD_PLAN", "1") == "1",
+    # File to which the report of each sync is written, in place of the one before;
+    # none by default. With several ranks, one file each.
+    "VLLM_RELOAD_REPORT": lambda: os.getenv("VLLM_RELOAD_REPORT", ""),
     # What to do about a bad weight scale: "raise", "warn" or "off".
     "VLLM_MOE_SCALE_CHECK": lambda: os.getenv("VLLM_MOE_SCALE_CHECK", "raise"),
 }

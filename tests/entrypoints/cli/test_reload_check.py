@@ -7,15 +7,38 @@ import math
 import subprocess
 import sys
 from argparse import ArgumentParser
+from dataclasses import asdict, replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import CASES, write_checkpoint
 from vllm.entrypoints.cli import reload_check
+from vllm.model_executor.model_loader.reload.sync_report import (
+    LayerReport,
+    SyncReport,
+    publish,
+)
 
 CASE = CASES["qwen3_moe-fp8_block"]
 COMMAND = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+LAYER = LayerReport("model.norm", 1, 1, 250_000, 0.5, 0.0025, 0.01, 1.5)
+SYNC = SyncReport(
+    model="Model",
+    rank=1,
+    result="complete",
+    reason="",
+    state="serving",
+    version=2,
+    commit="layer",
+    planned=4,
+    through_loaders=1,
+    bytes=1_000_000,
+    seconds=2.0,
+    waiting_seconds=0.5,
+    peak_staged_bytes=500_000,
+    layers=[LAYER],
+)
 SCALE = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"
 
 
@@ -119,3 +142,50 @@ def test_unreadable(options, sound, run):
 def test_no_such_checkpoint(sound, run):
     assert run("/no/such/folder")[0] == 2
     assert run(sound, "--against", "/no/such/folder")[0] == 2
+
+
+def test_report_of_a_sync(run, tmp_path):
+    publish(SYNC, tmp_path / "sync.json")
+    status, text, _ = run("--report", tmp_path / "sync.json")
+    line, head, row, rest = text.splitlines()
+    assert status == 0
+    assert line == f"Model, rank 1: {SYNC.summary}"
+    columns = "layer tensors planned MB receive, s check, s commit, s at, s"
+    assert " ".join(head.split()) == columns
+    assert " ".join(row.split()) == "model.norm 2 1 0.25 0.5000 0.0025 0.0100 1.50"
+    assert len(head) == len(row)
+    assert rest == "3 tensors were for no layer here"
+
+
+def test_report_of_a_failed_sync(run, tmp_path):
+    layer = replace(LAYER, committed_at=None)
+    reason = "weight sync is incomplete\n  missing: model.norm weight: never sent"
+    failed = replace(SYNC, result="failed", reason=reason, layers=[layer])
+    publish(failed, tmp_path / "sync.json")
+    status, text, _ = run("--report", tmp_path / "sync.json")
+    line, missing, _, row, _ = text.splitlines()
+    assert status == 1
+    assert line.endswith("It failed at weight sync is incomplete")
+    assert missing == "  missing: model.norm weight: never sent"
+    assert row.split()[-1] == "-"
+
+
+def test_report_as_json(run, tmp_path):
+    publish(SYNC, tmp_path / "sync.json")
+    status, text, _ = run("--report", tmp_path / "sync.json", "--json")
+    assert (status, json.loads(text)) == (0, asdict(SYNC))
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_what_is_no_report(options, sound, run):
+    file = sound / "config.json"
+    status, text, errors = run("--report", file, *options)
+    assert status == 2
+    assert f"{file} is no report of a weight sync" in errors
+    assert not options or str(file) in json.loads(text)["error"]
+    assert run("--report", "/no/such/file")[0] == 2
+
+
+def test_a_checkpoint_or_a_report(sound, run):
+    assert run(sound, "--report", "sync.json")[0] == 2
+    assert run()[0] == 2

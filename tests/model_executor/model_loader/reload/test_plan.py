@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload.recording import FirstLoad
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.routing import RouteRecorder
 from vllm.model_executor.model_loader.reload.staging import StagedTensor, StagingMode
+from vllm.model_executor.model_loader.reload.sync_report import read_report
 from vllm.model_executor.model_loader.reload.view import View
 
 CPU = torch.device("cpu")
@@ -81,6 +82,7 @@ def test_a_route_copies_what_its_loader_copied(load):
     complete: list[StagedTensor] = []
     planned = PlannedCopies(routes, [by_route], complete.append)
     assert planned.take("a", B) and planned.taken == 1
+    assert planned.layers() == {"layer" if by_loader.written else None: 1}
     assert by_route.written == by_loader.written
     assert by_route.ledger.missing() == by_loader.ledger.missing()
     if by_loader.written:
@@ -279,13 +281,11 @@ def test_of_a_tensor_that_is_repeated_in_a_list_the_last_counts():
 @pytest.mark.parametrize("form", [iter, list])
 @pytest.mark.parametrize("is_on", [True, False])
 def test_the_report_tells_which_way_tensors_went(
-    is_on, form, make_model, cold_load, nan_memory, monkeypatch
+    is_on, form, make_model, cold_load, nan_memory, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("VLLM_RELOAD_PLAN", str(int(is_on)))
-    reports: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        transaction.logger, "info", lambda _, *counts: reports.append(counts[1:])
-    )
+    monkeypatch.setenv("VLLM_RELOAD_REPORT", str(tmp_path / "sync.json"))
+    reports = []
     case = CASES["qwen3_moe-fp8_block"]
     model, vllm_config = built = make_model(case, seed=1)
     bucket = torch.empty(1 << 20, dtype=torch.uint8)
@@ -295,11 +295,12 @@ def test_the_report_tells_which_way_tensors_went(
             for chunk in chunks(case.tensors(seed), len(bucket), bucket):
                 model.load_weights(form(chunk))
             finalize_layerwise_reload(model, vllm_config.model_config)
+        reports.append(read_report(tmp_path / "sync.json"))
     assert_same(snapshot(model), cold_load(case, 3))
-    assert len(reports) == 2  # the first sync goes the way of the cold load
-    for taken, through_loaders in reports:
-        assert taken + through_loaders == sum(1 for _ in case.tensors(3))
-        assert taken > 3 * through_loaders if is_on else taken == 0
+    for report in reports:  # the first sync goes the way of the cold load
+        planned, loaded = report.planned, report.through_loaders
+        assert planned + loaded == sum(1 for _ in case.tensors(3))
+        assert planned > 3 * loaded if is_on else planned == 0
 
 
 def test_of_a_target_the_last_source_counts_also_where_the_first_was_put_off():

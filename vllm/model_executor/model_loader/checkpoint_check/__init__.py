@@ -5,6 +5,7 @@
 from .check import CheckpointReport, SyncReport, check_checkpoint, check_sync
 from .checkpoint import UnreadableCheckpoint, open_checkpoint
 from .report import as_json, as_text, is_sound
+from .sync import sync_as_text
 
 __all__ = [
     "CheckpointReport",
@@ -16,4 +17,5 @@ __all__ = [
     "check_sync",
     "is_sound",
     "open_checkpoint",
+    "sync_as_text",
 ]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -26,7 +27,6 @@ class PlannedCopies:
 
     Attributes:
         routes: by checkpoint name.
-        taken: how many tensors came this way.
         completed: how many writes left a staged tensor complete.
         copies: those to staged memory, which may have been put off.
 
@@ -39,12 +39,21 @@ class PlannedCopies:
         on_complete: Callable[[StagedTensor], None],
         copies: Copies | None = None,
     ):
-        self.taken = 0
+        self._taken: list[Route] = []
         self.completed = 0
         self.copies = copies or Copies()
         self.routes = routes
         self._tensors = {(tensor.layer, tensor.name): tensor for tensor in tensors}
         self._on_complete = on_complete
+
+    @property
+    def taken(self) -> int:
+        """How many tensors came this way."""
+        return len(self._taken)
+
+    def layers(self) -> Counter[str | None]:
+        """How many tensors went to each layer, the first one each; or to none."""
+        return Counter(route.layer for route in self._taken)
 
     def take(self, name: str, tensor: torch.Tensor) -> bool:
         """Stage a tensor, see `copies`; false if it has to go through its loader.
@@ -60,7 +69,7 @@ class PlannedCopies:
             tensor = tensor.detach()
         for copy in route.copies:
             self._copy(copy, tensor)
-        self.taken += 1
+        self._taken.append(route)
         return True
 
     def _copy(self, copy: Copy, tensor: torch.Tensor) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,14 @@ class RouteRecorder:
     loader has used a tensor that it was given before, nothing has a route.
 
     Attributes:
-        count: how many tensors loaders were given.
+        layers: how many tensors loaders were given, by the layer that was written
+            first; None if none was.
 
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.layers: Counter[str | None] = Counter()
+        self._layer: str | None = None
         self._routes: dict[str, Route] = {}
         self._writers: dict[tuple, str] = {}
         self._refused: set[str] = set()
@@ -48,10 +51,14 @@ class RouteRecorder:
         self._copies: list[Copy] = []
         self._derived: set[int] = set()
 
+    @property
+    def count(self) -> int:
+        """How many tensors loaders were given."""
+        return self.layers.total()
+
     def begin(self, name: str, tensor: torch.Tensor) -> None:
         """A loader is about to be given a tensor."""
-        self.count += 1
-        self._name, self._tensor = name, tensor
+        self._name, self._tensor, self._layer = name, tensor, None
         self._copies, self._derived = [], set()
         if name in self._routes or not tensor.is_contiguous() or not tensor.numel():
             self._refused.add(name)
@@ -65,6 +72,7 @@ class RouteRecorder:
     ) -> None:
         """A staged tensor was written: these boxes, by this view of its memory."""
         tensor = self._tensor
+        self._layer = target.layer if self._layer is None else self._layer
         if tensor is None or not isinstance(source, torch.Tensor):
             self.refuse()
         elif not self._is_current(source) or source.dtype != tensor.dtype:
@@ -121,6 +129,7 @@ class RouteRecorder:
     def end(self) -> None:
         """The loader is done with its tensor."""
         if self._tensor is not None:
+            self.layers[self._layer] += 1
             spec = TensorSpec.of(self._tensor)
             self._routes[self._name] = Route(spec, tuple(self._copies))
         self._name, self._tensor = "", None

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from math import prod
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class StagedTensor:
         tied: whether it is a parameter of several layers.
         optional: whether it may come although it is not owed.
         memory: its memory, once touched.
+        since: when it got its memory, as `time.perf_counter` has it.
+        until: when it lost it.
         closed: whether its layer was committed.
         sealed: what had been staged when it was closed.
 
@@ -66,6 +69,8 @@ class StagedTensor:
     tied: bool = False
     optional: bool = False
     memory: torch.Tensor | None = None
+    since: float | None = None
+    until: float | None = None
     closed: bool = False
     sealed: Fingerprint | None = None
     calls: FirstLoad = field(default_factory=FirstLoad)
@@ -73,6 +78,7 @@ class StagedTensor:
     def materialize(self) -> torch.Tensor:
         """Its memory; allocated, and set to the create-time value, on first use."""
         if self.memory is None:
+            self.since, self.until = perf_counter(), None
             memory = meta_tensors.materialize_meta_tensor(self.meta, self.device)
             prefer_huge_pages(memory.data)
             self.memory = memory
@@ -362,7 +368,7 @@ class StagingMode(TorchDispatchMode):
         """Drop the memory of a tensor."""
         if tensor.memory is not None:
             self._by_memory.pop(tensor.memory.untyped_storage()._cdata, None)
-            tensor.memory = None
+            tensor.memory, tensor.until = None, perf_counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 import vllm.envs as envs
 from vllm.config import ModelConfig
@@ -19,12 +20,13 @@ from vllm.logger import init_logger
 from .agreement import agree_across_ranks
 from .commit import Commit, Place, place_of
 from .copying import Copies, batch_launcher
-from .errors import WeightSyncError
+from .errors import Finding, WeightSyncError
 from .fingerprint import same_bytes
 from .first_plan import first_routes
 from .placement import expert_placements
 from .plan import Plan, Route, fingerprint
 from .planned import PlannedCopies
+from .pristine import Shadow
 from .processing import is_attention, prepare_layer, unservable
 from .registry import get_layerwise_info
 from .rollback import Rollback
@@ -33,6 +35,14 @@ from .source import Source, Weights
 from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
 from .staging_area import stage_model
 from .status import ReloadStatus
+from .sync_report import (
+    SyncReport,
+    SyncTimes,
+    peak_staged_bytes,
+    publish,
+    report_layers,
+    staged_bytes,
+)
 
 __all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction", "Sync"]
 
@@ -143,6 +153,7 @@ class ReloadTransaction:
         exposed: bool = False,
         rollback: Rollback | None = None,
     ):
+        self._times = SyncTimes()
         self._model = model
         self._reload = reload
         self._policy = policy
@@ -206,6 +217,7 @@ class ReloadTransaction:
                 layer.show()
         if self._load_weights is not None:
             vars(self._model)["load_weights"] = self.load_weights
+        self._times.leave()
 
     def load_weights(self, weights: Weights, *args: Any, **kwargs: Any) -> Any:
         """Stage one chunk through the model's own `load_weights`.
@@ -223,6 +235,10 @@ class ReloadTransaction:
                 then aborted.
 
         """
+        with self._times.call():
+            return self._load(weights, args, kwargs)
+
+    def _load(self, weights: Weights, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._check_open()
         watched = self._recorder, self._planned, self.commit_ready_layers
         source = Source(weights, *watched)
@@ -251,18 +267,19 @@ class ReloadTransaction:
                 invalid scales.
 
         """
-        try:
-            with agree_across_ranks():
-                self._check_open()
-                self._check_complete()
-                prepared = self._finish_layers(model_config)
-            for layer, commit in prepared:
-                self._apply(layer, commit)
-            self._process_model()
-        except BaseException as error:
-            self.abort(str(error))
-            raise
-        self._succeed()
+        with self._times.call():
+            try:
+                with agree_across_ranks():
+                    self._check_open()
+                    self._check_complete()
+                    prepared = self._finish_layers(model_config)
+                for layer, commit in prepared:
+                    self._apply(layer, commit)
+                self._process_model()
+            except BaseException as error:
+                self.abort(str(error) or repr(error))
+                raise
+            self._succeed()
 
     def fail(self, reason: str) -> None:
         """Drop what is staged, and refuse what is loaded until the sync is closed.
@@ -285,6 +302,7 @@ class ReloadTransaction:
         if mixture and self._rollback is not None and self._restored(self._rollback):
             self._reload.lost, self._reload.fenced = lost, fenced
             logger.warning("A weight sync failed when %s: rolled back.", mixture)
+        self._report()
 
     def abort(self, reason: str) -> None:
         """Drop what is staged, and close."""
@@ -304,12 +322,31 @@ class ReloadTransaction:
         for layer in self._layers:
             self._drop(layer)
         self._close()
-        logger.info(
-            "Weight sync %d is complete: %d tensors went by plan, %d through loaders.",
-            self._reload.version,
-            self._planned.taken,
-            self._recorder.count,
+        self._report()
+
+    def _report(self) -> None:
+        """Tell how the sync ended: a line in the log, and a file if one is named."""
+        report = SyncReport(
+            model=type(self._model).__name__,
+            rank=dist.get_rank() if dist.is_initialized() else 0,
+            result="complete" if self._failure is None else "failed",
+            reason=self._failure or "",
+            state=self._reload.status.state,
+            version=self._reload.version,
+            commit=self._policy.value,
+            planned=self._planned.taken,
+            through_loaders=self._recorder.count,
+            bytes=staged_bytes(self._layers_of),
+            seconds=self._times.seconds,
+            waiting_seconds=self._times.waiting,
+            peak_staged_bytes=peak_staged_bytes(self._layers_of),
         )
+        log = logger.info if self._failure is None else logger.warning
+        log("%s", report.summary)
+        if envs.VLLM_RELOAD_REPORT:
+            counts = self._planned.layers(), self._recorder.layers
+            rows = report_layers(self._layers, self._times, *counts)
+            publish(replace(report, layers=rows), envs.VLLM_RELOAD_REPORT)
 
     def _restored(self, rollback: Rollback) -> bool:
         """Let what served before this sync serve again; tell whether that worked."""
@@ -324,6 +361,7 @@ class ReloadTransaction:
             return False
         for layer in self._layers:
             layer.committed = False
+        self._times.committed.clear()
         return True
 
     def _close(self) -> None:
@@ -346,7 +384,8 @@ class ReloadTransaction:
         layers = [layer for layer in self._layers if not layer.committed]
         owed = [layer for layer in layers if owes_all or layer.received]
         missing = [finding for layer in owed for finding in layer.missing()]
-        invalid = [f for layer in layers if layer.changed for f in unservable(layer)]
+        changed = [layer for layer in layers if layer.changed]
+        invalid = [f for layer in changed for f in self._unservable(layer)]
         if missing or invalid:
             what = "incomplete" if missing else "invalid"
             raise WeightSyncError(f"weight sync is {what}", missing, invalid)
@@ -376,8 +415,9 @@ class ReloadTransaction:
             self.commit_ready_layers()
             return result
         self._check_open()
+        self._recorder.layers[loader.tensor.layer] += 1
         try:
-            with self._staging():
+            with self._times.call(), self._staging():
                 return self._run_loader(loader, args, kwargs)
         except BaseException as error:
             self.fail(f"loading {loader.tensor.layer}.{loader.tensor.name}: {error!r}")
@@ -390,6 +430,8 @@ class ReloadTransaction:
         be sent again, and is an error at finish.
         """
         touched = self._mode.take_touched()
+        if touched:
+            self._times.note_written(touched)
         if self._policy is CommitPolicy.MODEL:
             return
         for layer in {layer: None for t in touched for layer in self._layers_of[t]}:
@@ -405,11 +447,11 @@ class ReloadTransaction:
         shown = layer.is_shown
         layer.hide()
         with self._aside():
-            if not unservable(layer):
-                for tensor in layer.tensors:
-                    tensor.close()
-                _, commit = prepare_layer(layer, None, {}, bool(self._reload.lost))
-                self._check_shared(commit)
+            if not self._unservable(layer):
+                with self._times.checking.on(layer.name):
+                    for tensor in layer.tensors:
+                        tensor.close()
+                _, commit = self._prepare(layer, None, {})
                 self._apply(layer, commit)
         if shown and not (self._exposed and layer.committed):
             layer.show()
@@ -430,12 +472,11 @@ class ReloadTransaction:
                     for name, child in layer.layer.named_children()
                     if child in shadows
                 }
-                renew = bool(self._reload.lost)
-                derived = is_attention(layer.layer) and (bool(changed) or renew)
+                renewed = bool(changed) or bool(self._reload.lost)
+                derived = is_attention(layer.layer) and renewed
                 if not (derived or (layer.changed and layer.complete)):
                     continue
-                shadow, commit = prepare_layer(layer, model_config, changed, renew)
-                self._check_shared(commit)
+                shadow, commit = self._prepare(layer, model_config, changed)
                 if layer.layer in self._deferred:
                     shadows[layer.layer] = shadow.layer
                 elif self._policy is CommitPolicy.LAYER:
@@ -443,6 +484,23 @@ class ReloadTransaction:
                     continue
                 prepared.append((layer, commit))
         return prepared
+
+    def _unservable(self, layer: StagedLayer) -> list[Finding]:
+        with self._times.checking.on(layer.name):
+            return unservable(layer)
+
+    def _prepare(
+        self,
+        layer: StagedLayer,
+        model_config: ModelConfig | None,
+        children: Mapping[str, torch.nn.Module],
+    ) -> tuple[Shadow, Commit]:
+        """Process a layer aside, and refuse to serve two tensors from one memory."""
+        renew = bool(self._reload.lost)
+        with self._times.committing.on(layer.name):
+            shadow, commit = prepare_layer(layer, model_config, children, renew)
+            self._check_shared(commit)
+        return shadow, commit
 
     def _process_model(self) -> None:
         """Run the model's own hook, which a cold load runs after all layers."""
@@ -479,7 +537,9 @@ class ReloadTransaction:
         if self._rollback is not None:
             self._rollback.keep(commit)
         layer.committed = True  # from the first copy on
-        commit.apply()
+        with self._times.committing.on(layer.name):
+            commit.apply()
+        self._times.note_committed(layer.name)
         self._drop(layer)
 
     def _drop(self, layer: StagedLayer) -> None:
