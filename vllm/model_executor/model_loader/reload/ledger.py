@@ -85,6 +85,7 @@ class Ledger:
     Attributes:
         overlapping: whether some elements are owed more than once; the last write wins.
         written: what was written, in that order.
+        written_numel: how many elements that were; what came twice counts twice.
 
     """
 
@@ -112,7 +113,7 @@ class Ledger:
         self._open = self._owed
         self._open_numel = self._total
         self._settled = 0
-        self._noted_numel = 0
+        self.written_numel = self._settled_numel = 0
 
     def fresh(self) -> "Ledger":
         """A ledger in which the same is owed, and nothing is written."""
@@ -123,12 +124,12 @@ class Ledger:
     def write(self, box: Box) -> None:
         """Note that every element of `box` was written."""
         self.written.append(box)
-        self._noted_numel += box.numel
+        self.written_numel += box.numel
 
     def _settle(self) -> None:
         """Subtract what was noted from what is owed."""
         noted = self.written[self._settled :]
-        self._settled, self._noted_numel = len(self.written), 0
+        self._settled, self._settled_numel = len(self.written), self.written_numel
         if self._open is self._owed:
             if self._boxes.issubset(noted):  # written as it was owed
                 self._open, self._open_numel = {}, 0
@@ -158,7 +159,8 @@ class Ledger:
 
     @property
     def complete(self) -> bool:
-        if 0 < self._open_numel - self._slack <= self._noted_numel:
+        noted = self.written_numel - self._settled_numel
+        if 0 < self._open_numel - self._slack <= noted:
             self._settle()
         return self._open_numel <= self._slack
 

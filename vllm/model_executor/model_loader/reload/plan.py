@@ -83,11 +83,6 @@ class Route:
     spec: TensorSpec
     copies: tuple[Copy, ...]
 
-    @property
-    def layer(self) -> str | None:
-        """The first layer that wants it; None if none does."""
-        return self.copies[0].tensor[0] if self.copies else None
-
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor may take this route."""
         return (

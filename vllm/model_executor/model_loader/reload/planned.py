@@ -53,7 +53,8 @@ class PlannedCopies:
 
     def layers(self) -> Counter[str | None]:
         """How many tensors went to each layer, the first one each; or to none."""
-        return Counter(route.layer for route in self._taken)
+        copies = (route.copies for route in self._taken)
+        return Counter(parts[0].tensor[0] if parts else None for parts in copies)
 
     def take(self, name: str, tensor: torch.Tensor) -> bool:
         """Stage a tensor, see `copies`; false if it has to go through its loader.

@@ -13,8 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from operator import attrgetter
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -211,10 +210,7 @@ class SyncReport:
 
 def staged_bytes(tensors: Iterable[StagedTensor]) -> int:
     """What was written to staged tensors; what came twice counts twice."""
-    return sum(
-        sum(map(attrgetter("numel"), tensor.written)) * tensor.meta.element_size()
-        for tensor in tensors
-    )
+    return sum(t.ledger.written_numel * t.meta.element_size() for t in tensors)
 
 
 def peak_staged_bytes(tensors: Iterable[StagedTensor]) -> int:
@@ -281,7 +277,8 @@ def publish(report: SyncReport, file: str | Path) -> None:
         path = path.with_name(f"{path.stem}.rank{report.rank}{path.suffix}")
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        aside.write_text(json.dumps(asdict(report), indent=1))
+        rows = [vars(row) for row in report.layers]
+        aside.write_text(json.dumps({**vars(report), "layers": rows}))
         aside.replace(path)
     except OSError as error:
         logger.warning("The report of a weight sync cannot be written: %s", error)

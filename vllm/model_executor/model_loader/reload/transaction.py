@@ -326,7 +326,18 @@ class ReloadTransaction:
 
     def _report(self) -> None:
         """Tell how the sync ended: a line in the log, and a file if one is named."""
-        report = SyncReport(
+        # Or each look at a staged tensor costs more than counting what it holds.
+        with torch._C.DisableTorchFunction():
+            report = self._summarize()
+            log = logger.info if self._failure is None else logger.warning
+            log("%s", report.summary)
+            if envs.VLLM_RELOAD_REPORT:
+                counts = self._planned.layers(), self._recorder.layers
+                rows = report_layers(self._layers, self._times, *counts)
+                publish(replace(report, layers=rows), envs.VLLM_RELOAD_REPORT)
+
+    def _summarize(self) -> SyncReport:
+        return SyncReport(
             model=type(self._model).__name__,
             rank=dist.get_rank() if dist.is_initialized() else 0,
             result="complete" if self._failure is None else "failed",
@@ -341,12 +352,6 @@ class ReloadTransaction:
             waiting_seconds=self._times.waiting,
             peak_staged_bytes=peak_staged_bytes(self._layers_of),
         )
-        log = logger.info if self._failure is None else logger.warning
-        log("%s", report.summary)
-        if envs.VLLM_RELOAD_REPORT:
-            counts = self._planned.layers(), self._recorder.layers
-            rows = report_layers(self._layers, self._times, *counts)
-            publish(replace(report, layers=rows), envs.VLLM_RELOAD_REPORT)
 
     def _restored(self, rollback: Rollback) -> bool:
         """Let what served before this sync serve again; tell whether that worked."""
