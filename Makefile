@@ -18,10 +18,12 @@ export HF_HUB_OFFLINE := 1
 export VLLM_CPU_KVCACHE_SPACE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test bench upstream-test gpu-test gpu-bench wheel lint clean
+.PHONY: help venv demo test bench upstream-test gpu-test gpu-bench wheel patch \
+	patch-test lint clean
 
 help:
-	@echo "make venv [BASE=x.y.z] | demo | test | bench | upstream-test | wheel [BASE=x.y.z] | lint | clean"
+	@echo "make venv [BASE=x.y.z] | demo | test | bench | upstream-test | lint | clean"
+	@echo "make wheel [BASE=x.y.z] | patch [BASE=x.y.z] | patch-test [BASE=x.y.z]"
 	@echo "with the fork installed on a machine with a GPU: make gpu-test | gpu-bench"
 
 venv:
@@ -55,6 +57,9 @@ gpu-bench:
 
 wheel: default-venv
 	.venv/bin/python -m overlay build $(if $(BASE),--base $(BASE))
+
+patch: default-venv
+	.venv/bin/python -m overlay patch $(if $(BASE),--base $(BASE))
 
 lint: default-venv
 	.venv/bin/ruff check .

@@ -3,5 +3,5 @@
 """The builder: a released vLLM + the files under `vllm/` + declared edits = the fork.
 
 `python -m overlay --help` lists what it can make: a wheel, a working environment
-that follows the checkout, or a fork laid into an unpacked base.
+that follows the checkout, a fork laid into an unpacked base, or patches for upstream.
 """

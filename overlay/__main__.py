@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The command line: `python -m overlay build | develop | lay | venv`."""
+"""The command line: `python -m overlay build | develop | lay | patch | venv`."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
 
-from overlay.base import ROOT, OverlayError, find_wheel, identify_folder
+from overlay.base import CUDA, ROOT, OverlayError, find_wheel, identify_folder
 
 # What needs more than the standard library is imported by the command that uses it:
 # `venv` runs before anything is installed.
@@ -50,6 +50,16 @@ def lay(options: argparse.Namespace) -> None:
     print(f"{options.folder} has vllm {base.fork_version}")
 
 
+def patch(options: argparse.Namespace) -> None:
+    """Write the fork as a series of patches for upstream's source."""
+    from overlay.patch import write_patches
+    from overlay.source import find_source
+
+    version = options.base or CUDA.default_version
+    write_patches(find_source(version), version, options.out)
+    print(*sorted(options.out.glob("*.patch")), sep="\n")
+
+
 def venv(options: argparse.Namespace) -> None:
     """Make a working environment, or bring it up to date."""
     from overlay.venv import make_venv
@@ -71,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add(build).add_argument("--out", type=Path, default=Path("dist"))
     add(develop).add_argument("--venv", type=Path, default=ROOT / ".venv")
     add(lay).add_argument("folder", type=Path)
+    add(patch).add_argument("--out", type=Path, default=Path("dist/upstream"))
     add(venv)
     return top
 

@@ -39,6 +39,11 @@ class Edit:
     to: str = ""
     bases: str = ""
 
+    @property
+    def file(self) -> str:
+        """Name of the file that declares it."""
+        return self.source.partition(",")[0]
+
     def applies_to(self, base: Base) -> bool:
         """Tell whether this base needs the edit."""
         try:

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from overlay.base import ROOT, Base, OverlayError, find_wheel, identify
+from overlay.source import find_source
 from tests.upstream.comparison import Comparison, expected_losses
 from tests.upstream.report import print_report
 from tests.upstream.side import Side, SideError
-from tests.upstream.sources import extract_tests, find_source, unpack_base
+from tests.upstream.sources import extract_tests, unpack_base
 
 TESTS = (
     "tests/model_executor/model_loader/test_reload.py",
