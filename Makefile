@@ -61,6 +61,9 @@ wheel: default-venv
 patch: default-venv
 	.venv/bin/python -m overlay patch $(if $(BASE),--base $(BASE))
 
+patch-test: default-venv
+	.venv/bin/python -m tests.upstream.patched $(if $(BASE),--base $(BASE))
+
 lint: default-venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

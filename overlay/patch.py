@@ -16,6 +16,8 @@ from overlay.source import extract_source
 
 # Upstream's, by which its linter judges the patches.
 SETTINGS = "pyproject.toml"
+# Of which ruff sees only what the series touches.
+FIRST_PARTY = ["--config", 'lint.isort.known-first-party=["examples", "tests", "vllm"]']
 # Who sends the patches puts a name there; git's own settings come first.
 SENDER = {"user.name": "Sender", "user.email": "sender@example.com"}
 
@@ -101,7 +103,7 @@ class Repository:
     def _tidy(self, paths: list[str]) -> None:
         """Sort and wrap as upstream's pre-commit hooks would: edits leave that open."""
         ruff = [sys.executable, "-m", "ruff"]
-        fix = ["check", "--fix", "--exit-zero", "--quiet", "--no-cache"]
+        fix = ["check", "--fix", "--exit-zero", "--quiet", "--no-cache", *FIRST_PARTY]
         self._run(*ruff, *fix, *paths)
         self._run(*ruff, "format", "--quiet", "--no-cache", *paths)
 

@@ -184,10 +184,8 @@ def _difference(
     index = tuple(
         int(i) for i in torch.unravel_index(torch.tensor(first), actual.shape)
     )
-    return [
-        f"{path}: {count} of {actual.numel()} differ, first at {index}: "
-        f"got {actual[index].item()}, expected {expected[index].item()}"
-    ]
+    values = f"got {actual[index].item()}, expected {expected[index].item()}"
+    return [f"{path}: {count} of {actual.numel()} differ, first at {index}: {values}"]
 
 
 def _kind(tensor: torch.Tensor) -> str:

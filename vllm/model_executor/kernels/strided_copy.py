@@ -97,7 +97,10 @@ def _copy_kernel(
         rows: runs in each outer step.
         run: words of a run.
         words: of a copy.
-        source_outer, source_row, target_outer, target_row: strides, in words.
+        source_outer: stride of an outer step, in words.
+        source_row: stride of a run, in words.
+        target_outer: stride of an outer step, in words.
+        target_row: stride of a run, in words.
         WORD: integer type that addresses, strides and runs are multiples of.
         ALIGNED: bytes that addresses and strides are multiples of.
         CONTIGUOUS: whether a copy is one run.
