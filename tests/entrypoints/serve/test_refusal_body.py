@@ -5,15 +5,15 @@
 import pytest
 from fastapi.testclient import TestClient
 
+# Each release has it in another place, but all of them here.
+from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.rpc_refusal import RpcRefusal, RpcRefusedError
 
 try:
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 except ImportError:  # before 0.32
     from vllm.entrypoints.openai.api_server import build_app
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
 
 MISSING = [{"layer": "layers.0", "parameter": "weight", "ranks": [0]}]
 

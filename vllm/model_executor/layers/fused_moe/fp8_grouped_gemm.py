@@ -243,7 +243,7 @@ _UNSPECIALIZED = (
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def fp8_grouped_gemm_kernel(
+def fp8_grouped_gemm_kernel(  # noqa: D417
     a_ptr,
     b_ptr,
     b_desc,
