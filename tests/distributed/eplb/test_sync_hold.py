@@ -28,6 +28,12 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     reload_status,
 )
+from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
+from vllm.model_executor.model_loader.reload.transaction import (
+    CommitPolicy,
+    ModelReload,
+    ReloadTransaction,
+)
 
 FP8_BLOCK = CASES["qwen3_moe-fp8_block"]
 CASE = Case(
@@ -115,6 +121,15 @@ def test_experts_stay_while_a_sync_is_open_on_any_rank(ranks, folder):
 
 def test_a_sync_ends_when_ranks_come_or_go(ranks, folder):
     assert ranks.run(drain_ranks, folder) == [("drained", "serving")] * 2
+
+
+def test_experts_stay_until_a_sync_is_over_though_all_layers_are_committed():
+    model = torch.nn.Linear(1, 1)
+    state = State({"model": ModelState(model)})
+    reload = get_layerwise_info(model).model = ModelReload()
+    assert ready(state, state.model_states["model"])
+    reload.transaction = ReloadTransaction(model, reload, CommitPolicy.LAYER)
+    assert not ready(state, state.model_states["model"])
 
 
 def test_the_base_is_wrapped():

@@ -92,8 +92,11 @@ def _any_rank_syncs(state: Any) -> bool:
 
 
 def _is_synced(model: torch.nn.Module) -> bool:
-    """Whether any layer of a model, or of a part of one, is open for new weights."""
+    """Whether a sync of a model is open, or of a larger one that it is a part of."""
     # Model loaders import the experts, which import this.
     from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 
-    return any(get_layerwise_info(layer).can_load() for layer in model.modules())
+    infos = [get_layerwise_info(layer) for layer in model.modules()]
+    # All layers may be committed, and still be rolled back.
+    has_sync = (info.model and info.model.transaction for info in infos)
+    return any(has_sync) or any(info.can_load() for info in infos)
