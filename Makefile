@@ -10,7 +10,8 @@ REPORTED_BASE := 0.22.1
 REPORTED_BASE_TESTS := tests/model_executor/model_loader/reload tests/distributed \
 	tests/entrypoints/serve $(addprefix tests/v1/engine/test_, rpc_refusal.py \
 	weight_health.py)
-GPU_TESTS := $(addprefix tests/kernels/, test_strided_copy.py moe/test_scale_scan.py \
+GPU_TESTS := $(addprefix tests/kernels/, test_strided_copy.py test_group_sums.py \
+	moe/test_scale_scan.py \
 	moe/test_fp8_grouped_gemm.py moe/test_fp8_experts.py moe/test_against_base.py) \
 	tests/v1/engine/test_bad_scale_engine.py
 

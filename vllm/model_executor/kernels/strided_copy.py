@@ -6,7 +6,10 @@ C - copies
 B - words that a program moves at a time
 """
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import or_
 
 import torch
 import triton
@@ -41,9 +44,9 @@ def copy_strided(
     """
     if not addresses or not layout.outer * layout.rows * layout.row_bytes:
         return
-    pairs = [list(addresses), list(addresses.values())]
-    table = torch.tensor(pairs, dtype=torch.int64).to(device, non_blocking=True)
-    aligned = _alignment([*layout[2:], *pairs[0], *pairs[1]])
+    pairs = array("q", [*addresses, *addresses.values()])
+    table = torch.frombuffer(pairs, dtype=torch.int64).to(device, non_blocking=True)
+    aligned = _alignment([*layout[2:], *pairs])
     word = _WORDS[aligned]
     size = word.primitive_bitwidth // 8
     run = layout.row_bytes // size
@@ -65,11 +68,9 @@ def copy_strided(
         )
 
 
-def _alignment(numbers: list[int]) -> int:
+def _alignment(numbers: Iterable[int]) -> int:
     """The largest power of two, 16 at most, that divides all of them."""
-    bits = 16
-    for number in numbers:
-        bits |= number
+    bits = reduce(or_, numbers, 16)
     return bits & -bits
 
 

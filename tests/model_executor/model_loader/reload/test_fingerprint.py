@@ -11,7 +11,11 @@ from vllm.model_executor.model_loader.reload import fingerprint
 from vllm.model_executor.model_loader.reload.errors import WeightSyncError
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
-from vllm.model_executor.model_loader.reload.staging import StagedTensor, StagingMode
+from vllm.model_executor.model_loader.reload.staging import (
+    StagedTensor,
+    StagingMode,
+    close,
+)
 
 
 @pytest.fixture(params=[True, False], ids=["values", "sums"], autouse=True)
@@ -32,7 +36,7 @@ def committed(values: torch.Tensor, *parts) -> tuple[StagingMode, torch.Tensor]:
     with mode:
         for part in parts or [()]:
             meta[part].copy_(values[part])
-    tensor.close()
+    close([tensor])
     return mode, meta
 
 
@@ -130,3 +134,12 @@ def test_a_matrix_product_wraps_as_a_sum_does():
     multipliers = torch.randint(-(2**63), 2**63 - 1, (300,))
     expected = (words * multipliers).sum(-1)  # what other devices compute
     assert torch.equal(fingerprint._weighted_sums(words, multipliers), expected)
+
+
+@pytest.mark.parametrize("shape, together", [((2, 6, 16), 3), ((4, 8), 4), ((24,), 1)])
+def test_the_kernel_sums_as_torch_does(shape, together):
+    group_sums = pytest.importorskip("vllm.model_executor.kernels.group_sums")
+    values = torch.randn(shape)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (sums,) = group_sums.sum_groups([(values.to(device), together)])
+    assert sums.tolist() == fingerprint._sums(values, together).flatten().tolist()

@@ -26,7 +26,11 @@ from vllm.model_executor.model_loader.reload.planned import PlannedCopies
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.routing import RouteRecorder
-from vllm.model_executor.model_loader.reload.staging import StagedTensor, StagingMode
+from vllm.model_executor.model_loader.reload.staging import (
+    StagedTensor,
+    StagingMode,
+    close,
+)
 from vllm.model_executor.model_loader.reload.sync_report import read_report
 from vllm.model_executor.model_loader.reload.view import View
 
@@ -193,7 +197,7 @@ def test_a_repeated_tensor_has_no_route():
     target = staged()
     with StagingMode([target]):
         whole(target.meta, A)
-    target.close()
+    close([target])
     assert not record(target, whole, a=A)
 
 

@@ -9,14 +9,21 @@ import torch
 
 from vllm.model_executor.layers.fused_moe import scale_scan
 from vllm.model_executor.model_loader.reload import scales
-from vllm.model_executor.model_loader.reload.scales import invalid_scales
+from vllm.model_executor.model_loader.reload.errors import Finding
+from vllm.model_executor.model_loader.reload.scales import (
+    WrittenScales,
+    invalid_scales,
+)
 
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
+def found(tensors: dict[str, torch.Tensor]) -> list[Finding]:
+    return [*invalid_scales([WrittenScales("layer", tensors, set(tensors))])]
+
+
 def refused(weight: torch.Tensor, scale: torch.Tensor) -> int:
-    tensors = {"weight": weight, "weight_scale": scale}
-    return len(invalid_scales("layer", tensors, set(tensors)))
+    return len(found({"weight": weight, "weight_scale": scale}))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0, -1e-30])
@@ -72,7 +79,7 @@ def test_experts_are_told_apart():
     scale = torch.zeros(3, 2)
     scale[1, 0] = 1
     tensors = {"w13_weight": weight.to(FP8), "w13_weight_scale": scale}
-    (finding,) = invalid_scales("layer", tensors, set(tensors))
+    (finding,) = found(tensors)
     assert (finding.expert, finding.shard) == (1, "up")
 
 
@@ -84,7 +91,7 @@ def test_one_scale_for_each_expert():
 
 
 def test_zero_input_scale():
-    assert invalid_scales("layer", {"input_scale": torch.zeros(1)}, {"input_scale"})
+    assert found({"input_scale": torch.zeros(1)})
 
 
 def test_zero_scale_of_int8_weight():

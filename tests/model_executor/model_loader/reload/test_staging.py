@@ -14,6 +14,7 @@ from vllm.model_executor.model_loader.reload.staging import (
     StagedLoader,
     StagedTensor,
     StagingMode,
+    close,
 )
 
 
@@ -81,7 +82,7 @@ def test_loaders_see_values_as_created():
 
 def test_a_committed_tensor_takes_nothing_new():
     tensor = staged()
-    tensor.close()
+    close([tensor])
     with StagingMode([tensor]), pytest.raises(WeightSyncError, match="committed"):
         tensor.meta.copy_(VALUES)
 

@@ -21,7 +21,14 @@ from .errors import Finding, WeightSyncError
 from .objects import PLAIN, fields
 from .pristine import Shadow, ShadowPart
 
-__all__ = ["Assignment", "Commit", "Place", "place_of", "prepare_commit"]
+__all__ = [
+    "Assignment",
+    "Commit",
+    "Place",
+    "pair_tensors",
+    "place_of",
+    "prepare_commit",
+]
 
 Place = tuple[int, torch.Size, tuple[int, ...]]
 
@@ -84,6 +91,25 @@ def prepare_commit(layer: str, shadow: Shadow, keep: set[str]) -> Commit:
     return pairing.commit
 
 
+def pair_tensors(
+    layer: str, live: torch.nn.Module, new: Mapping[str, torch.Tensor]
+) -> Commit:
+    """Pair tensors that were not processed with those that serve, by name.
+
+    Args:
+        layer: qualified name of the layer.
+        live: the layer that serves.
+        new: parameters and buffers for it.
+
+    Raises:
+        WeightSyncError: one of them has no counterpart to copy to.
+
+    """
+    pairing = _Pairing(Commit(layer))
+    pairing.pair_tensors(live, new, set())
+    return pairing.commit
+
+
 @dataclass(frozen=True)
 class _Slot:
     """Where an object holds a value: an attribute, or an entry of a dictionary.
@@ -107,14 +133,14 @@ class _Pairing:
         """Pair the registered tensors, and the attributes that processing changed."""
         live, new = vars(part.live), vars(part.shadow)
         if isinstance(part.live, torch.nn.Module):
-            self._pair_tensors(part.live, new["_parameters"], set())
-            self._pair_tensors(part.live, new["_buffers"], keep)
+            self.pair_tensors(part.live, new["_parameters"], set())
+            self.pair_tensors(part.live, new["_buffers"], keep)
         for name, value in new.items():
             if name in _REGISTRIES or not part.before.touched(name, value):
                 continue
             self._pair_item(live, name, value, _attribute(part.live, name), name)
 
-    def _pair_tensors(
+    def pair_tensors(
         self, live: torch.nn.Module, new: Mapping[str, Any], keep: set[str]
     ) -> None:
         for name, tensor in new.items():

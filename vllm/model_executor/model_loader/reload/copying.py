@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from ctypes import memmove
 from functools import partial
@@ -55,7 +56,7 @@ class Copies:
     def __init__(self, launch: Launch | None = None) -> None:
         self.put_off = False
         self._launch = launch
-        self._waiting: dict[Strided, dict[int, int]] = {}
+        self._waiting: defaultdict[Strided, dict[int, int]] = defaultdict(dict)
 
     def add(self, copy: Copy, tensor: torch.Tensor, memory: torch.Tensor) -> None:
         """Copy a part of `tensor` to a part of `memory`."""
@@ -64,10 +65,10 @@ class Copies:
         source = tensor.data_ptr() + copy.source_bytes
         may_wait = self.put_off and self._launch is not None
         if may_wait and layout is not None and tensor.device == memory.device:
-            self._waiting.setdefault(layout, {})[target] = source
+            self._waiting[layout][target] = source
             return
         # Of a repeated target the last source counts.
-        if layout in self._waiting:
+        if layout is not None and layout in self._waiting:
             self._waiting[layout].pop(target, None)
         if layout and _is_short(layout) and tensor.is_cpu and memory.is_cpu:
             memmove(target, source, layout.row_bytes)
@@ -77,7 +78,7 @@ class Copies:
 
     def flush(self) -> None:
         """Carry out what was put off."""
-        waiting, self._waiting = self._waiting, {}
+        waiting, self._waiting = self._waiting, defaultdict(dict)
         for layout, addresses in waiting.items():
             assert self._launch is not None
             self._launch(layout, addresses)

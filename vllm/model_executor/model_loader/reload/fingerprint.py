@@ -11,18 +11,20 @@ m[i] are odd, so that any single changed byte changes the sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
+
+from vllm.triton_utils import HAS_TRITON
 
 from .ledger import Box, boxes_of_view
 
 if TYPE_CHECKING:
     from .staging import StagedTensor
 
-__all__ = ["Fingerprint", "same_bytes"]
+__all__ = ["Fingerprint", "fingerprints", "same_bytes"]
 
 # Fractional bits of the golden ratio: multiplication spreads low bits over high ones.
 _SPREAD = -7046029254386353131
@@ -34,16 +36,18 @@ class Fingerprint:
     """What was staged of one tensor: its values if small, else sums of its rows.
 
     Args:
-        tensor: what was staged.
-        boxes: how it was written.
+        values: all of it, or None.
+        together: how many rows are summed to one.
+        sums: otherwise, [..., rows / together].
 
     """
 
-    def __init__(self, tensor: torch.Tensor, boxes: Iterable[Box]):
-        small = tensor.nbytes <= _SMALL_BYTES
-        self._values = tensor.detach().clone() if small else None
-        self._together = _rows_written_together(tensor, boxes)
-        self._sums = None if small else _sums(tensor, self._together)
+    def __init__(
+        self, values: torch.Tensor | None, together: int, sums: torch.Tensor | None
+    ):
+        self._values = values
+        self._together = together
+        self._sums = sums
 
     def check(self, tensor: StagedTensor, view: torch.Tensor, source: object) -> None:
         """Compare `source`, about to be written to `view`, with what was committed.
@@ -94,6 +98,41 @@ class Fingerprint:
         start, stop = (n and n // self._together for n in (rows.start, rows.stop))
         sums = _sums(came.reshape(extents), self._together)
         return torch.equal(sums, self._sums[(*where, slice(start, stop))])
+
+
+def fingerprints(
+    staged: Sequence[tuple[torch.Tensor, Iterable[Box]]],
+) -> list[Fingerprint]:
+    """Fingerprints of tensors of one device, and how each was written."""
+    tensors = [tensor.detach() for tensor, _ in staged]
+    together = [_rows_written_together(tensor, boxes) for tensor, boxes in staged]
+    large = [i for i, t in enumerate(tensors) if t.nbytes > _SMALL_BYTES]
+    sums = dict(zip(large, _sums_of_all([(tensors[i], together[i]) for i in large])))
+    return [
+        Fingerprint(None if i in sums else tensor.clone(), together[i], sums.get(i))
+        for i, tensor in enumerate(tensors)
+    ]
+
+
+def _sums_of_all(tensors: list[tuple[torch.Tensor, int]]) -> Iterator[torch.Tensor]:
+    """Sums of each, in one launch where a kernel runs."""
+    launched = _launch([(t, n) for t, n in tensors if not t.is_cpu])
+    for tensor, together in tensors:
+        sums = launched.get(tensor.data_ptr())
+        if sums is None:
+            yield _sums(tensor, together)
+        else:
+            yield sums.reshape(*tensor.shape[:-2], -1)
+
+
+def _launch(tensors: list[tuple[torch.Tensor, int]]) -> dict[int, torch.Tensor]:
+    """Sums by address, of those that the kernel takes."""
+    if not tensors or not HAS_TRITON:
+        return {}
+    from vllm.model_executor.kernels.group_sums import can_sum_groups, sum_groups
+
+    fit = [(t, together) for t, together in tensors if can_sum_groups(t, together)]
+    return dict(zip((t.data_ptr() for t, _ in fit), sum_groups(fit)))
 
 
 def _rows_written_together(tensor: torch.Tensor, boxes: Iterable[Box]) -> int:

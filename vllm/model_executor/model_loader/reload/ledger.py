@@ -8,8 +8,8 @@ twice changes nothing, so completion is coverage and never a count.
 
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -18,22 +18,27 @@ __all__ = ["Box", "Ledger", "boxes_of_view"]
 _Lanes = dict[int, dict["Box", None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class _Box(NamedTuple):
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    numel: int
+
+
+class Box(_Box):
     """Indices `start[d] <= i < stop[d]` in each dimension d of a tensor.
+
+    A tuple, for each write of a sync looks its box up among those that are owed.
 
     Attributes:
         numel: how many elements it has.
 
     """
 
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-    numel: int = field(init=False, compare=False, repr=False)
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        numel = prod([b - a for a, b in zip(self.start, self.stop)])
-        object.__setattr__(self, "numel", numel)
+    def __new__(cls, start: tuple[int, ...], stop: tuple[int, ...]) -> "Box":
+        numel = prod([b - a for a, b in zip(start, stop)])
+        return super().__new__(cls, start, stop, numel)
 
     @classmethod
     def whole(cls, shape: Iterable[int]) -> "Box":
@@ -121,10 +126,11 @@ class Ledger:
         ledger._begin()
         return ledger
 
-    def write(self, box: Box) -> None:
-        """Note that every element of `box` was written."""
-        self.written.append(box)
-        self.written_numel += box.numel
+    def write(self, *boxes: Box) -> None:
+        """Note that every element of these boxes was written."""
+        self.written += boxes
+        for box in boxes:
+            self.written_numel += box.numel
 
     def _settle(self) -> None:
         """Subtract what was noted from what is owed."""

@@ -79,8 +79,13 @@ class PlannedCopies:
             source = tensor if copy.source is None else copy.source.on(tensor)
             staged.check_repeated(copy.target.on(staged.meta), source)
             return
-        self.copies.add(copy, tensor, staged.materialize())
-        staged.note_boxes(copy.boxes)
-        if staged.ledger.complete:
+        self.copies.add(
+            copy,
+            tensor,
+            staged.materialize() if staged.memory is None else staged.memory,
+        )
+        ledger = staged.ledger
+        ledger.write(*copy.boxes)
+        if ledger.complete:
             self.completed += 1
             self._on_complete(staged)

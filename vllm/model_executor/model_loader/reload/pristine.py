@@ -209,6 +209,8 @@ def copy_if_small(value: Any) -> Any:
 
 def _mark(value: Any) -> tuple[Any, Any]:
     """A value, and what tells whether it was written in place."""
+    if type(value) in _PLAIN:
+        return value, None
     if isinstance(value, torch.Tensor):
         return value, (value._version, copy_if_small(value))
     if type(value) is dict:

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Processing staged layers, aside from those that serve."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +12,22 @@ from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from .commit import Commit, prepare_commit
+from .commit import Commit, pair_tensors, prepare_commit
 from .errors import Finding
 from .meta import storage_address
 from .pristine import Shadow, copy_if_small
 from .registry import get_layerwise_info
-from .scales import invalid_scales
+from .scales import WrittenScales, invalid_scales
 from .staging import StagedLayer
 
-__all__ = ["is_attention", "prepare_layer", "process_quantized", "unservable"]
+__all__ = [
+    "is_attention",
+    "is_processed",
+    "prepare_as_staged",
+    "prepare_layer",
+    "process_quantized",
+    "unservable",
+]
 
 
 def is_attention(layer: torch.nn.Module) -> bool:
@@ -30,20 +37,46 @@ def is_attention(layer: torch.nn.Module) -> bool:
     return isinstance(layer, kinds) and callable(process)
 
 
-def unservable(staged: StagedLayer) -> list[Finding]:
-    """What is staged of a layer and must not be served.
+def unservable(layers: Iterable[StagedLayer]) -> list[Finding]:
+    """What is staged of these layers and must not be served.
 
     A scale may be invalid. A parameter may have been loaded neither now nor by the
     first load, so that nobody knows its values.
     """
-    tensors = {t.name: t.memory for t in staged.tensors if t.memory is not None}
-    written = {t.name for t in staged.tensors if t.written}
+    layers = list(layers)
     unknown = [
-        Finding(staged.name, tensor.name, "never loaded, and created without a value")
-        for tensor in staged.params.values()
+        Finding(layer.name, tensor.name, "never loaded, and created without a value")
+        for layer in layers
+        for tensor in layer.params.values()
         if not tensor.written and tensor.initial is None and tensor.meta.numel()
     ]
-    return invalid_scales(staged.name, tensors, written) + unknown
+    return [*invalid_scales(map(_written_scales, layers)), *unknown]
+
+
+def _written_scales(layer: StagedLayer) -> WrittenScales:
+    tensors = {t.name: t.memory for t in layer.tensors if t.memory is not None}
+    written = {t.name for t in layer.tensors if t.written}
+    return WrittenScales(layer.name, tensors, written)
+
+
+def is_processed(layer: torch.nn.Module) -> bool:
+    """Whether anything is done to a layer's tensors between loading and serving."""
+    quant_method = getattr(layer, "quant_method", None)
+    if not isinstance(quant_method, QuantizeMethodBase):
+        return is_attention(layer)
+    process = quant_method.process_weights_after_loading
+    nothing = QuantizeMethodBase.process_weights_after_loading
+    return is_attention(layer) or getattr(process, "__func__", None) is not nothing
+
+
+def prepare_as_staged(staged: StagedLayer) -> Commit:
+    """Pair a layer that nothing processes with the one that serves."""
+    written = {name: t for name, t in staged.buffers.items() if t.written}
+    tensors = (staged.params | written).items()
+    new = {name: tensor.materialize() for name, tensor in tensors}
+    commit = pair_tensors(staged.name, staged.layer, new)
+    commit.copies += _aliases_left_behind(staged)
+    return commit
 
 
 def prepare_layer(

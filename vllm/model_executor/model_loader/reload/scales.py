@@ -12,8 +12,8 @@ weight block is zero. In E8M0, which has an exponent and nothing else, 0xFF is N
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,7 @@ from .ledger import Box
 from .regions import describe
 
 __all__ = [
+    "WrittenScales",
     "bad_blocks",
     "describe_blocks",
     "describe_first",
@@ -61,22 +62,34 @@ def is_activation_quantity(name: str) -> bool:
     return _QUANTITY.search(name) is not None and weight_of_scale(name) is None
 
 
-def invalid_scales(
-    layer: str, tensors: Mapping[str, torch.Tensor], written: set[str]
-) -> list[Finding]:
-    """What is wrong with the scales among `tensors` that a sync wrote.
+@dataclass(frozen=True)
+class WrittenScales:
+    """The scales of a layer that a sync wrote.
 
-    Args:
-        layer: qualified name of the layer, for the findings.
-        tensors: all tensors of the layer in checkpoint format, by name.
+    Attributes:
+        layer: qualified name of the layer.
+        tensors: all its tensors in checkpoint format, by name.
         written: names of those that the sync wrote.
 
     """
-    findings: list[Finding] = []
-    for name in suspect_scales({n: tensors[n] for n in filter(is_scale, written)}):
-        scale, bad = bad_blocks(tensors, name)
-        findings += describe_blocks(layer, name, scale, bad)
-    return findings
+
+    layer: str
+    tensors: Mapping[str, torch.Tensor]
+    written: Collection[str]
+
+
+def invalid_scales(layers: Iterable[WrittenScales]) -> Iterator[Finding]:
+    """What is wrong with the scales of these layers."""
+    places = {
+        f"{layer.layer}.{name}": (layer, name)
+        for layer in layers
+        for name in filter(is_scale, layer.written)
+    }
+    scales = {path: layer.tensors[name] for path, (layer, name) in places.items()}
+    for path in suspect_scales(scales):
+        layer, name = places[path]
+        scale, bad = bad_blocks(layer.tensors, name)
+        yield from describe_blocks(layer.layer, name, scale, bad)
 
 
 def suspect_scales(scales: Mapping[str, torch.Tensor]) -> list[str]:

@@ -13,7 +13,7 @@ tensor.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import update_wrapper
+from functools import cached_property, update_wrapper
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -25,7 +25,7 @@ from . import meta as meta_tensors
 from .calls import LoaderCall, TensorSpec
 from .checks import check_castable
 from .errors import Finding, WeightSyncError
-from .fingerprint import Fingerprint
+from .fingerprint import Fingerprint, fingerprints
 from .huge_pages import prefer_huge_pages
 from .ledger import Box, Ledger, boxes_of_view
 from .placement import ExpertPlacement
@@ -33,7 +33,7 @@ from .recording import FirstLoad, wrote
 from .regions import describe, shard_box
 from .routing import RouteRecorder
 
-__all__ = ["StagedLayer", "StagedLoader", "StagedTensor", "StagingMode"]
+__all__ = ["StagedLayer", "StagedLoader", "StagedTensor", "StagingMode", "close"]
 
 
 @dataclass(eq=False)
@@ -104,23 +104,12 @@ class StagedTensor:
         """The boxes that this sync wrote."""
         return self.ledger.written
 
-    def note_boxes(self, boxes: Iterable[Box]) -> None:
-        """Note that these were filled with loaded values."""
-        for box in boxes:
-            self.ledger.write(box)
-
     def learn(self) -> None:
         """Take what this sync wrote for what the next one owes."""
         if self.written:
             self.first_load.take_over(self.calls)
             boxes = sorted(set(self.written), key=lambda box: box.start)
             self.first_load.owed = Ledger(boxes)
-
-    def close(self) -> None:
-        """Take no more writes; what comes again must equal what was staged."""
-        if self.written and not self.closed:
-            self.sealed = Fingerprint(self.materialize(), self.written)
-        self.closed = True
 
     def check_repeated(self, view: torch.Tensor, source: object) -> None:
         """Refuse a write after closing, unless it repeats what was staged."""
@@ -149,6 +138,22 @@ class StagedTensor:
         """The error for a tensor that must not be staged here."""
         finding = describe(self.layer, self.name, self.meta, box, detail)
         return WeightSyncError("weight sync refused a tensor", invalid=[finding])
+
+
+def close(tensors: Iterable[StagedTensor]) -> None:
+    """Take no more writes; what comes again must equal what was staged.
+
+    Args:
+        tensors: of one device.
+
+    """
+    tensors = [tensor for tensor in tensors if not tensor.closed]
+    written = [tensor for tensor in tensors if tensor.written]
+    sealed = fingerprints([(t.materialize(), t.written) for t in written])
+    for tensor, seal in zip(written, sealed):
+        tensor.sealed = seal
+    for tensor in tensors:
+        tensor.closed = True
 
 
 class StagedLoader:
@@ -289,6 +294,11 @@ class StagedLayer:
     def complete(self) -> bool:
         return all(tensor.ledger.complete for tensor in self.tensors)
 
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of memory to stage all of it in."""
+        return sum(tensor.meta.nbytes for tensor in self.tensors)
+
     @property
     def device_bytes(self) -> int:
         memories = [t.memory for t in self.tensors if t.memory is not None]
@@ -427,6 +437,6 @@ class StagingMode(TorchDispatchMode):
         boxes = tuple(boxes_of_view(view, tensor.meta))
         if self._recorder is not None:
             self._recorder.copied(tensor, view, source, boxes)
-        tensor.note_boxes(boxes)
+        tensor.ledger.write(*boxes)
         self.touch(tensor)
         return result

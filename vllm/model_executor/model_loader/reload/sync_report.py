@@ -43,20 +43,23 @@ LayersOfTensors = Counter[str | None]
 
 
 class Stopwatch:
-    """Seconds spent on each layer."""
+    """Seconds spent on each layer, by its name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def on(self, layer: str) -> Iterator[None]:
-        """Let the time in this block count for a layer."""
+    def on(self, *layers: StagedLayer) -> Iterator[None]:
+        """Share the time in this block out among layers, by their bytes."""
         start = perf_counter()
         try:
             yield
         finally:
             spent = perf_counter() - start
-            self.seconds[layer] = self.seconds.get(layer, 0.0) + spent
+            sizes = {layer.name: max(layer.nbytes, 1) for layer in layers}
+            for name, size in sizes.items():
+                share = spent * size / sum(sizes.values())
+                self.seconds[name] = self.seconds.get(name, 0.0) + share
 
 
 class SyncTimes:

@@ -27,12 +27,19 @@ from .placement import expert_placements
 from .plan import Plan, Route, fingerprint
 from .planned import PlannedCopies
 from .pristine import Shadow
-from .processing import is_attention, prepare_layer, unservable
+from .processing import (
+    is_attention,
+    is_processed,
+    prepare_as_staged,
+    prepare_layer,
+    unservable,
+)
+from .ready_layers import ReadyLayers
 from .registry import get_layerwise_info
 from .rollback import Rollback
 from .routing import RouteRecorder
 from .source import Source, Weights
-from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
+from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode, close
 from .staging_area import stage_model
 from .status import ReloadStatus
 from .sync_report import (
@@ -187,6 +194,7 @@ class ReloadTransaction:
         copies = Copies(batch_launcher(devices.pop()) if len(devices) == 1 else None)
         self._planned = PlannedCopies(routes, self._layers_of, self._mode.touch, copies)
         self._claimed: dict[Place, torch.Tensor] = {}
+        self._ready = ReadyLayers(self._layers)
         self._loading = False
         self._model_processed = False
         self._failure: str | None = None
@@ -247,6 +255,7 @@ class ReloadTransaction:
             with self._staging():
                 result = self._load_weights(iter(source), *args, **kwargs)
                 self.commit_ready_layers()
+                self._commit_now(self._ready.take())
         except BaseException as error:
             self.fail(f"loading {source.name or 'weights'}: {error!r}")
             refused = isinstance(error, Exception) and error is not source.error
@@ -307,7 +316,7 @@ class ReloadTransaction:
     def abort(self, reason: str) -> None:
         """Drop what is staged, and close."""
         self.fail(reason)
-        self._close()
+        self._end()
 
     def _succeed(self) -> None:
         # Of a part nobody knows what its loaders keep for the rest.
@@ -321,7 +330,7 @@ class ReloadTransaction:
         self._reload.lost, self._reload.fenced = "", False
         for layer in self._layers:
             self._drop(layer)
-        self._close()
+        self._end()
         self._report()
 
     def _report(self) -> None:
@@ -369,7 +378,7 @@ class ReloadTransaction:
         self._times.committed.clear()
         return True
 
-    def _close(self) -> None:
+    def _end(self) -> None:
         self._claimed.clear()  # whoever still holds this holds no staged memory
         if self._rollback is not None:
             self._rollback.clear()
@@ -390,7 +399,7 @@ class ReloadTransaction:
         owed = [layer for layer in layers if owes_all or layer.received]
         missing = [finding for layer in owed for finding in layer.missing()]
         changed = [layer for layer in layers if layer.changed]
-        invalid = [f for layer in changed for f in self._unservable(layer)]
+        invalid = self._unservable(changed)
         if missing or invalid:
             what = "incomplete" if missing else "invalid"
             raise WeightSyncError(f"weight sync is {what}", missing, invalid)
@@ -423,13 +432,15 @@ class ReloadTransaction:
         self._recorder.layers[loader.tensor.layer] += 1
         try:
             with self._times.call(), self._staging():
-                return self._run_loader(loader, args, kwargs)
+                result = self._run_loader(loader, args, kwargs)
+                self._commit_now(self._ready.take())
+                return result
         except BaseException as error:
             self.fail(f"loading {loader.tensor.layer}.{loader.tensor.name}: {error!r}")
             raise
 
     def commit_ready_layers(self) -> None:
-        """Commit the layers that what was just written has completed.
+        """Commit what was just completed, as soon as it is worth it.
 
         A layer that is complete and must not be served stays open: what is wrong may
         be sent again, and is an error at finish.
@@ -445,21 +456,39 @@ class ReloadTransaction:
                 and layer.ready
                 and layer.layer not in self._deferred
             ):
-                self._commit_now(layer)
+                self._ready.add(layer)
+        if self._ready.are_enough:
+            self._commit_now(self._ready.take())
 
-    def _commit_now(self, layer: StagedLayer) -> None:
+    def _commit_now(self, layers: list[StagedLayer]) -> None:
+        if not layers:
+            return
         self._planned.copies.flush()
-        shown = layer.is_shown
-        layer.hide()
+        shown = [layer for layer in layers if layer.is_shown]
+        for layer in layers:
+            layer.hide()
         with self._aside():
-            if not self._unservable(layer):
-                with self._times.checking.on(layer.name):
-                    for tensor in layer.tensors:
-                        tensor.close()
-                _, commit = self._prepare(layer, None, {})
-                self._apply(layer, commit)
-        if shown and not (self._exposed and layer.committed):
-            layer.show()
+            for layer in self._close(layers):
+                self._apply(layer, self._commit_of(layer))
+        for layer in shown:
+            if not (self._exposed and layer.committed):
+                layer.show()
+
+    def _close(self, layers: list[StagedLayer]) -> list[StagedLayer]:
+        """Take no more writes to those that may be served; return these."""
+        refused = {finding.layer for finding in self._unservable(layers)}
+        layers = [layer for layer in layers if layer.name not in refused]
+        with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
+            close([tensor for layer in layers for tensor in layer.tensors])
+        return layers
+
+    def _commit_of(self, layer: StagedLayer) -> Commit:
+        if self._reload.lost or is_processed(layer.layer):
+            return self._prepare(layer, None, {})[1]
+        with self._times.committing.on(layer), torch._C.DisableTorchFunction():
+            commit = prepare_as_staged(layer)
+            self._check_shared(commit)
+        return commit
 
     def _finish_layers(
         self, model_config: ModelConfig | None
@@ -490,9 +519,9 @@ class ReloadTransaction:
                 prepared.append((layer, commit))
         return prepared
 
-    def _unservable(self, layer: StagedLayer) -> list[Finding]:
-        with self._times.checking.on(layer.name):
-            return unservable(layer)
+    def _unservable(self, layers: list[StagedLayer]) -> list[Finding]:
+        with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
+            return unservable(layers)
 
     def _prepare(
         self,
@@ -502,7 +531,7 @@ class ReloadTransaction:
     ) -> tuple[Shadow, Commit]:
         """Process a layer aside, and refuse to serve two tensors from one memory."""
         renew = bool(self._reload.lost)
-        with self._times.committing.on(layer.name):
+        with self._times.committing.on(layer):
             shadow, commit = prepare_layer(layer, model_config, children, renew)
             self._check_shared(commit)
         return shadow, commit
@@ -542,7 +571,7 @@ class ReloadTransaction:
         if self._rollback is not None:
             self._rollback.keep(commit)
         layer.committed = True  # from the first copy on
-        with self._times.committing.on(layer.name):
+        with self._times.committing.on(layer), torch._C.DisableTorchFunction():
             commit.apply()
         self._times.note_committed(layer.name)
         self._drop(layer)
