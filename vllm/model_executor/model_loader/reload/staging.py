@@ -76,17 +76,22 @@ class StagedTensor:
     calls: FirstLoad = field(default_factory=FirstLoad)
 
     def materialize(self) -> torch.Tensor:
-        """Its memory; allocated, and set to the create-time value, on first use."""
+        """Its memory; allocated on first use, at its create-time value where it matters."""
         if self.memory is None:
             self.since, self.until = perf_counter(), None
             memory = meta_tensors.materialize_meta_tensor(self.meta, self.device)
             prefer_huge_pages(memory.data)
             self.memory = memory
-            if self.initial is not None:
-                self.memory.data.copy_(self.initial)
-            elif not self.ledger.covers(self.meta):
-                self.memory.data.zero_()
+            if not self.ledger.covers(self.meta):
+                # Else all is overwritten before anybody reads it.
+                self._fill(memory.data)
         return self.memory
+
+    def _fill(self, memory: torch.Tensor) -> None:
+        if self.initial is not None:
+            memory.copy_(self.initial)
+        else:
+            memory.zero_()
 
     def processable(self) -> torch.Tensor:
         """A tensor on the memory that processing may write to or give other memory."""
