@@ -66,14 +66,14 @@ def test_copies_what_torch_copies(shape, source, target, dtype, start):
     strides = [view.stride() for view in reversed(copies[0])]
     layout = Strided.of(shape, *strides, dtype.itemsize)
     addresses = {t.data_ptr(): s.data_ptr() for t, s in copies}
-    copy_strided(layout, addresses, DEVICE)
+    copy_strided({layout: addresses}, DEVICE)
     for (memory, _), wanted in zip(writes, expected):
         assert_same_bytes(memory, wanted)
 
 
 @pytest.mark.parametrize("run, addresses", [(16, {}), (0, {0: 0})])
 def test_nothing_to_copy_is_no_launch(run, addresses):
-    copy_strided(Strided(1, 1, run, 0, 0, 0, 0), addresses, DEVICE)
+    copy_strided({Strided(1, 1, run, 0, 0, 0, 0): addresses}, DEVICE)
 
 
 def test_addresses_are_copied_as_they_are_aligned():
@@ -81,3 +81,16 @@ def test_addresses_are_copied_as_they_are_aligned():
     assert strided_copy._alignment([64, 24]) == 8
     assert strided_copy._alignment([64, 6]) == 2
     assert strided_copy._alignment([64, 7]) == 1
+
+
+def test_runs_of_any_size_are_copied_at_once():
+    sizes = [16, 48, 20, 1, LONG]
+    reads = [place([n], [n], 0, torch.uint8, n) for n in sizes]
+    writes = [place([n], [n], 0, torch.uint8, n + 1) for n in sizes]
+    batches = {
+        Strided(1, 1, n, 0, 0, 0, 0): {to.data_ptr(): source.data_ptr()}
+        for n, (to, _), (source, _) in zip(sizes, writes, reads)
+    }
+    copy_strided(batches, DEVICE)
+    for (to, _), (source, _) in zip(writes, reads):
+        assert_same_bytes(to, source)

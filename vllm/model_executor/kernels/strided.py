@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = ["Strided"]
@@ -22,11 +22,12 @@ class Strided(NamedTuple):
     target_row: int
 
     @classmethod
+    @lru_cache(maxsize=1024)  # the experts of a model need few different ones
     def of(
         cls,
-        shape: Sequence[int],
-        source: Sequence[int],
-        target: Sequence[int],
+        shape: tuple[int, ...],
+        source: tuple[int, ...],
+        target: tuple[int, ...],
         itemsize: int,
     ) -> Strided | None:
         """Describe a copy in as few dimensions as it has.

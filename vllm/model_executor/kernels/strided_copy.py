@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""One launch for many copies of the same shape and strides.
+"""Few launches for many copies: one for those that are one run each.
 
 C - copies
 B - words that a program moves at a time
@@ -31,31 +31,64 @@ _MAX_PROGRAMS_OF_COPY = 1 << 15
 
 
 def copy_strided(
-    layout: Strided, addresses: Mapping[int, int], device: torch.device
+    batches: Mapping[Strided, Mapping[int, int]], device: torch.device
 ) -> None:
     """Copy between addresses of one device, on its current stream.
 
     Args:
-        layout: what is copied, from each source to each target.
-        addresses: that of the source, by that of the target; in bytes. Targets must
-            not overlap.
+        batches: what is copied, and from where to where: the address of each source,
+            by that of the target; in bytes. Targets must not overlap.
         device: an accelerator, or the CPU in Triton's interpreter.
 
     """
-    if not addresses or not layout.outer * layout.rows * layout.row_bytes:
-        return
-    pairs = array("q", [*addresses, *addresses.values()])
-    table = torch.frombuffer(pairs, dtype=torch.int64).to(device, non_blocking=True)
-    aligned = _alignment([*layout[2:], *pairs])
+    runs: dict[int, list[tuple[int, Mapping[int, int]]]] = {}
+    for layout, addresses in batches.items():
+        if not addresses or not layout.outer * layout.rows * layout.row_bytes:
+            continue
+        aligned = _alignment([*layout[2:], *addresses, *addresses.values()])
+        if layout.outer * layout.rows == 1:
+            runs.setdefault(aligned, []).append((layout.row_bytes, addresses))
+        else:
+            _copy_rows(layout, addresses, aligned, device)
+    for aligned, batch in runs.items():
+        _copy_runs(batch, aligned, device)
+
+
+def _copy_runs(
+    batch: list[tuple[int, Mapping[int, int]]], aligned: int, device: torch.device
+) -> None:
+    """Copy what is in one piece, whatever its size."""
     word = _WORDS[aligned]
     size = word.primitive_bitwidth // 8
+    targets, sources, words = array("q"), array("q"), array("q")
+    for run_bytes, addresses in batch:
+        targets.extend(addresses)
+        sources.extend(addresses.values())
+        words.extend([run_bytes // size] * len(addresses))
+    table_3C = _on_device(targets + sources + words, device)
+    block = _BYTES_OF_PROGRAM // size
+    programs = min(triton.cdiv(max(words), block), _MAX_PROGRAMS_OF_COPY)
+    with torch.cuda.device_of(table_3C):
+        _copy_runs_kernel[len(targets), programs](
+            table_3C, len(targets), WORD=word, ALIGNED=aligned, BLOCK=block
+        )
+
+
+def _copy_rows(
+    layout: Strided, addresses: Mapping[int, int], aligned: int, device: torch.device
+) -> None:
+    """Copy what is in many pieces."""
+    word = _WORDS[aligned]
+    size = word.primitive_bitwidth // 8
+    pairs = array("q", [*addresses, *addresses.values()])
+    table_2C = _on_device(pairs, device)
     run = layout.row_bytes // size
     block = min(_BYTES_OF_PROGRAM // size, triton.next_power_of_2(run))
     words = layout.outer * layout.rows * run
     programs = min(triton.cdiv(words, block), _MAX_PROGRAMS_OF_COPY)
-    with torch.cuda.device_of(table):
-        _copy_kernel[len(addresses), programs](
-            table,
+    with torch.cuda.device_of(table_2C):
+        _copy_rows_kernel[len(addresses), programs](
+            table_2C,
             len(addresses),
             layout.rows,
             run,
@@ -63,9 +96,12 @@ def copy_strided(
             *(stride // size for stride in layout[3:]),
             WORD=word,
             ALIGNED=aligned,
-            CONTIGUOUS=layout.outer * layout.rows == 1,
             BLOCK=block,
         )
+
+
+def _on_device(numbers: array, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _alignment(numbers: Iterable[int]) -> int:
@@ -75,7 +111,36 @@ def _alignment(numbers: Iterable[int]) -> int:
 
 
 @triton.jit
-def _copy_kernel(
+def _copy_runs_kernel(
+    table, copies, WORD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Copy one run for each column of the table.
+
+    Args:
+        table: [3, C] int64: addresses of targets and of sources, and words to copy.
+        copies: C.
+        WORD: integer type that addresses and runs are multiples of.
+        ALIGNED: bytes that addresses are multiples of.
+        BLOCK: B, a power of two.
+
+    The grid is [C, programs of a copy].
+
+    """
+    copy = table + tl.program_id(0).to(tl.int64)
+    target = tl.multiple_of(tl.load(copy), ALIGNED).to(tl.pointer_type(WORD))
+    source = tl.multiple_of(tl.load(copy + copies), ALIGNED).to(tl.pointer_type(WORD))
+    words = tl.load(copy + 2 * copies)
+    first = tl.program_id(1).to(tl.int64) * BLOCK
+    step = tl.num_programs(1).to(tl.int64) * BLOCK
+    for start in range(first, words, step):
+        index_B = start + tl.arange(0, BLOCK).to(tl.int64)
+        exists_B = index_B < words
+        words_B = tl.load(source + index_B, mask=exists_B)
+        tl.store(target + index_B, words_B, mask=exists_B)
+
+
+@triton.jit
+def _copy_rows_kernel(
     table,
     copies,
     rows,
@@ -87,7 +152,6 @@ def _copy_kernel(
     target_row,
     WORD: tl.constexpr,
     ALIGNED: tl.constexpr,
-    CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Copy `words` words for each column of the table.
@@ -104,7 +168,6 @@ def _copy_kernel(
         target_row: stride of a run, in words.
         WORD: integer type that addresses, strides and runs are multiples of.
         ALIGNED: bytes that addresses and strides are multiples of.
-        CONTIGUOUS: whether a copy is one run.
         BLOCK: B, a power of two.
 
     The grid is [C, programs of a copy].
@@ -120,15 +183,11 @@ def _copy_kernel(
     for start in range(first, words, step):
         index_B = start + tl.arange(0, BLOCK).to(tl.int64)
         exists_B = index_B < words
-        if CONTIGUOUS:
-            source_B = index_B
-            target_B = index_B
-        else:
-            row_B = index_B // run
-            outer_B = row_B // rows
-            at_B = index_B % run
-            row_B = row_B % rows
-            source_B = outer_B * source_outer + row_B * source_row + at_B
-            target_B = outer_B * target_outer + row_B * target_row + at_B
+        row_B = index_B // run
+        outer_B = row_B // rows
+        at_B = index_B % run
+        row_B = row_B % rows
+        source_B = outer_B * source_outer + row_B * source_row + at_B
+        target_B = outer_B * target_outer + row_B * target_row + at_B
         words_B = tl.load(source + source_B, mask=exists_B)
         tl.store(target + target_B, words_B, mask=exists_B)

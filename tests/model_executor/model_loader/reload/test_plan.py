@@ -126,7 +126,7 @@ class Wrapper(torch.Tensor):
 
 def test_a_tensor_without_memory_of_its_own_takes_no_route():
     routes = record(staged(), whole, a=A)
-    copies = Copies(lambda layout, addresses: None)
+    copies = Copies(lambda batches: None)
     copies.put_off = True
     planned = PlannedCopies(routes, [staged()], lambda _: None, copies)
     assert not planned.take("a", Wrapper(B))
@@ -252,9 +252,9 @@ def test_a_list_is_copied_in_batches(make_model, cold_load, nan_memory, monkeypa
     """As on an accelerator, in Triton's interpreter."""
     launches: list[int] = []
 
-    def launch(layout, addresses):
-        launches.append(len(addresses))
-        copy_strided(layout, addresses, CPU)
+    def launch(batches):
+        launches.append(sum(map(len, batches.values())))
+        copy_strided(batches, CPU)
 
     monkeypatch.setenv("VLLM_RELOAD_PLAN", "1")
     monkeypatch.setattr(transaction, "batch_launcher", lambda device: launch)
@@ -274,7 +274,7 @@ def test_of_a_tensor_that_is_repeated_in_a_list_the_last_counts():
     routes = record(staged(), whole, a=A)
     target = staged()
     launches: list[dict[int, int]] = []
-    copies = Copies(lambda layout, addresses: launches.append(addresses))
+    copies = Copies(lambda batches: launches.extend(batches.values()))
     copies.put_off = True
     planned = PlannedCopies(routes, [target], lambda _: None, copies)
     assert planned.take("a", A) and planned.take("a", B)
@@ -312,7 +312,7 @@ def test_of_a_target_the_last_source_counts_also_where_the_first_was_put_off():
     view = View.whole((4,))
     spec = TensorSpec((4,), torch.float32)
     copy = Copy.of(("layer", "weight"), view, view, (), spec, torch.float32)
-    copies = Copies(lambda layout, addresses: launched.append(addresses))
+    copies = Copies(lambda batches: launched.extend(batches.values()))
     copies.put_off = True
     copies.add(copy, torch.ones(4), memory)
     copies.put_off = False

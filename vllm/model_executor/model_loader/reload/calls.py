@@ -200,6 +200,7 @@ class CallNotes:
     ) -> Iterator[tuple[LoaderCall, TensorSpec, Sent | None, View | None]]:
         """Each call, what it was given, and which view of what that was."""
         noted = iter(self._noted)
+        owners: dict[TensorSpec, TensorSpec] = {}
         for count, names, (shape, stride, dtype), sent in noted:
             name, number, *values = islice(noted, 2 + count)
             call = LoaderCall(tuple(values), names)
@@ -209,6 +210,7 @@ class CallNotes:
                 continue
             begin, sent_shape, sent_dtype, is_contiguous = sent
             owner = TensorSpec(tuple(sent_shape), sent_dtype)
+            owner = owners.setdefault(owner, owner)
             view = _view(begin, spec, stride, owner) if is_contiguous else None
             yield call, spec, Sent(name, owner, number), view
 

@@ -135,10 +135,10 @@ class _Pairing:
         if isinstance(part.live, torch.nn.Module):
             self.pair_tensors(part.live, new["_parameters"], set())
             self.pair_tensors(part.live, new["_buffers"], keep)
-        for name, value in new.items():
-            if name in _REGISTRIES or not part.before.touched(name, value):
-                continue
-            self._pair_item(live, name, value, _attribute(part.live, name), name)
+        for name in part.before.touched(new):
+            if name not in _REGISTRIES:
+                slot = _attribute(part.live, name)
+                self._pair_item(live, name, new[name], slot, name)
 
     def pair_tensors(
         self, live: torch.nn.Module, new: Mapping[str, Any], keep: set[str]

@@ -18,14 +18,16 @@ from .plan import Copy
 
 __all__ = ["Copies", "batch_launcher"]
 
-Launch = Callable[[Strided, Mapping[int, int]], None]
+# Copies by their shape: from source to target address, by target address.
+Batches = Mapping[Strided, Mapping[int, int]]
+Launch = Callable[[Batches], None]
 
 # Of longer runs torch has its threads copy a share each.
 _BYTES_OF_ONE_THREAD = 1 << 15
 
 
 def batch_launcher(device: torch.device) -> Launch | None:
-    """What launches many copies of a shape on a device; None where nothing does."""
+    """What launches many copies on a device; None where nothing does."""
     if device.type == "cpu" or not HAS_TRITON:
         return None
     from vllm.model_executor.kernels.strided_copy import copy_strided
@@ -45,8 +47,7 @@ class Copies:
     than to make it.
 
     Args:
-        launch: carries out many copies of a shape, from source to target addresses by
-            target address; see `batch_launcher`.
+        launch: carries out many copies at once; see `batch_launcher`.
 
     Attributes:
         put_off: whether copies may wait for `flush`.
@@ -64,11 +65,11 @@ class Copies:
         target = memory.data_ptr() + copy.target_bytes
         source = tensor.data_ptr() + copy.source_bytes
         may_wait = self.put_off and self._launch is not None
-        if may_wait and layout is not None and tensor.device == memory.device:
+        if may_wait and layout and tensor.get_device() == memory.get_device():
             self._waiting[layout][target] = source
             return
         # Of a repeated target the last source counts.
-        if layout is not None and layout in self._waiting:
+        if layout and layout in self._waiting:
             self._waiting[layout].pop(target, None)
         if layout and _is_short(layout) and tensor.is_cpu and memory.is_cpu:
             memmove(target, source, layout.row_bytes)
@@ -79,9 +80,9 @@ class Copies:
     def flush(self) -> None:
         """Carry out what was put off."""
         waiting, self._waiting = self._waiting, defaultdict(dict)
-        for layout, addresses in waiting.items():
+        if waiting:
             assert self._launch is not None
-            self._launch(layout, addresses)
+            self._launch(waiting)
 
 
 def _is_short(layout: Strided) -> bool:

@@ -51,7 +51,7 @@ class _Routes:
             self._refused.add(name)
             return
         copies = self._copies.setdefault(name, [])
-        key = tensor.layer, tensor.name
+        key = tensor.key
         for write in writes:
             views = write.source, write.target
             copy = Copy.of(key, *views, write.boxes, sent.spec, tensor.meta.dtype)

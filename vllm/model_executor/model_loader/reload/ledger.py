@@ -118,7 +118,8 @@ class Ledger:
         self._open = self._owed
         self._open_numel = self._total
         self._settled = 0
-        self.written_numel = self._settled_numel = 0
+        self.written_numel = 0
+        self._due = self._total - self._slack
 
     def fresh(self) -> "Ledger":
         """A ledger in which the same is owed, and nothing is written."""
@@ -135,7 +136,11 @@ class Ledger:
     def _settle(self) -> None:
         """Subtract what was noted from what is owed."""
         noted = self.written[self._settled :]
-        self._settled, self._settled_numel = len(self.written), self.written_numel
+        self._settled = len(self.written)
+        self._subtract_noted(noted)
+        self._due = self.written_numel + self._open_numel - self._slack
+
+    def _subtract_noted(self, noted: list[Box]) -> None:
         if self._open is self._owed:
             if self._boxes.issubset(noted):  # written as it was owed
                 self._open, self._open_numel = {}, 0
@@ -165,8 +170,9 @@ class Ledger:
 
     @property
     def complete(self) -> bool:
-        noted = self.written_numel - self._settled_numel
-        if 0 < self._open_numel - self._slack <= noted:
+        if self.written_numel < self._due:
+            return False
+        if self._open_numel > self._slack:
             self._settle()
         return self._open_numel <= self._slack
 

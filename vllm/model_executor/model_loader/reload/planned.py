@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from .copying import Copies
-from .plan import Copy, Route
+from .plan import Route
 from .staging import StagedTensor
 
 __all__ = ["PlannedCopies"]
@@ -43,7 +43,7 @@ class PlannedCopies:
         self.completed = 0
         self.copies = copies or Copies()
         self.routes = routes
-        self._tensors = {(tensor.layer, tensor.name): tensor for tensor in tensors}
+        self._tensors = {tensor.key: tensor for tensor in tensors}
         self._on_complete = on_complete
 
     @property
@@ -69,23 +69,19 @@ class PlannedCopies:
         if tensor.requires_grad:
             tensor = tensor.detach()
         for copy in route.copies:
-            self._copy(copy, tensor)
+            staged = self._tensors[copy.tensor]
+            if staged.closed:
+                source = tensor if copy.source is None else copy.source.on(tensor)
+                staged.check_repeated(copy.target.on(staged.meta), source)
+                continue
+            memory = staged.memory
+            if memory is None:
+                memory = staged.materialize()
+            self.copies.add(copy, tensor, memory)
+            ledger = staged.ledger
+            ledger.write(*copy.boxes)
+            if ledger.complete:
+                self.completed += 1
+                self._on_complete(staged)
         self._taken.append(route)
         return True
-
-    def _copy(self, copy: Copy, tensor: torch.Tensor) -> None:
-        staged = self._tensors[copy.tensor]
-        if staged.closed:
-            source = tensor if copy.source is None else copy.source.on(tensor)
-            staged.check_repeated(copy.target.on(staged.meta), source)
-            return
-        self.copies.add(
-            copy,
-            tensor,
-            staged.materialize() if staged.memory is None else staged.memory,
-        )
-        ledger = staged.ledger
-        ledger.write(*copy.boxes)
-        if ledger.complete:
-            self.completed += 1
-            self._on_complete(staged)

@@ -41,6 +41,20 @@ class _Ref:
     key: int
 
 
+@dataclass(frozen=True)
+class _State:
+    """Attributes of an object when the layer was created.
+
+    Attributes:
+        shared: those that a shadow shares, most of them.
+        frozen: those that it has its own copy of.
+
+    """
+
+    shared: dict[str, Any]
+    frozen: dict[str, Any]
+
+
 @dataclass
 class _Helper:
     """A helper object and its state when the layer was created.
@@ -51,17 +65,34 @@ class _Helper:
 
     live: ref[Any]
     kind: type
-    state: dict[str, Any]
+    state: _State
 
 
 class Marks:
-    """Values as they were, to tell later which of them processing touched."""
+    """Values as they were, to tell later which of them processing touched.
 
-    def __init__(self, values: Mapping[str, Any]):
+    Args:
+        values: by name.
+        shared: of these it matters only whether they are still the same objects.
+
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], shared: Mapping[str, Any] | None = None
+    ):
+        self._shared = shared or {}
         self._marks = {name: _mark(value) for name, value in values.items()}
 
-    def touched(self, name: str, value: Any) -> bool:
-        """Whether `name` is new, was assigned, or was written in place."""
+    def touched(self, values: Mapping[str, Any]) -> list[str]:
+        """Names that are new, were assigned, or whose value was written in place."""
+        shared = self._shared
+        return [
+            name
+            for name, value in values.items()
+            if shared.get(name, shared) is not value and self._is_touched(name, value)
+        ]
+
+    def _is_touched(self, name: str, value: Any) -> bool:
         if name not in self._marks:
             return True
         before, state = self._marks[name]
@@ -101,9 +132,17 @@ class PristineLayer:
         self._tensor_names = {id(tensor): name for name, tensor in tensors.items()}
         self._helpers: dict[int, _Helper] = {}
         own = {k: v for k, v in layer.__dict__.items() if k not in _REGISTRIES}
-        self._state = {name: self._freeze(value) for name, value in own.items()}
+        self._state = self._freeze_all(own)
         children = layer._modules.items()
         self._modules = {n: self._freeze(m) for n, m in children if _is_helper(m)}
+
+    def _freeze_all(self, attributes: Mapping[str, Any]) -> _State:
+        state = _State({}, {})
+        for name, value in attributes.items():
+            frozen = self._freeze(value)
+            is_shared = frozen is value and not isinstance(value, torch.Tensor)
+            (state.shared if is_shared else state.frozen)[name] = frozen
+        return state
 
     def _freeze(self, value: Any) -> Any:
         if type(value) in _PLAIN:
@@ -118,8 +157,9 @@ class PristineLayer:
         if not _is_helper(value):
             return value
         if key not in self._helpers:
-            helper = self._helpers[key] = _Helper(ref(value), type(value), {})
-            helper.state = {k: self._freeze(v) for k, v in vars(value).items()}
+            state = _State({}, {})
+            helper = self._helpers[key] = _Helper(ref(value), type(value), state)
+            helper.state = self._freeze_all(vars(value))
         return _Ref(key)
 
     def shadow(
@@ -135,15 +175,16 @@ class PristineLayer:
         for key, name in self._tensor_names.items():
             known[key] = params.get(name, buffers.get(name))
         thaw = _Thaw(self._helpers, known, shadow.parts)
-        state = shadow.layer.__dict__
-        state.update({name: thaw(value) for name, value in self._state.items()})
+        own = {name: thaw(value) for name, value in self._state.frozen.items()}
         helpers = {name: thaw(value) for name, value in self._modules.items()}
-        state.update(
+        own |= dict(
             _parameters=dict(params),
             _buffers=dict(buffers),
             _modules={**live._modules, **children, **helpers},
         )
-        shadow.parts.append(ShadowPart(live, shadow.layer, Marks(state)))
+        shadow.layer.__dict__.update(self._state.shared | own)
+        before = Marks(own, self._state.shared)
+        shadow.parts.append(ShadowPart(live, shadow.layer, before))
         return shadow
 
 
@@ -185,10 +226,12 @@ class _Thaw:
             helper = self._helpers[key]
             copy: Any = object.__new__(helper.kind)
             self._known[key] = copy
-            vars(copy).update({k: self(v) for k, v in helper.state.items()})
+            shared = helper.state.shared
+            own = {name: self(value) for name, value in helper.state.frozen.items()}
+            vars(copy).update(shared | own)
             serving = helper.live()
             if serving is not None:
-                self._parts.append(ShadowPart(serving, copy, Marks(vars(copy))))
+                self._parts.append(ShadowPart(serving, copy, Marks(own, shared)))
         return self._known[key]
 
 

@@ -103,8 +103,8 @@ def prepare_layer(
     after = shadow.layer._buffers
     created = get_layerwise_info(staged.layer).created if renew else {}
     written = {name for name, tensor in staged.buffers.items() if tensor.written}
-    touched = {name for name, b in after.items() if shadow.buffers.touched(name, b)}
-    keep = after.keys() - written - touched - created.keys()
+    touched = shadow.buffers.touched(after)
+    keep = after.keys() - written - set(touched) - created.keys()
     commit = prepare_commit(staged.name, shadow, keep)
     commit.copies += left_behind
     return shadow, commit

@@ -43,6 +43,8 @@ class RouteRecorder:
         self.layers: Counter[str | None] = Counter()
         self._layer: str | None = None
         self._routes: dict[str, Route] = {}
+        # Routes of the same spec share it, for the sake of the processor's cache.
+        self._specs: dict[TensorSpec, TensorSpec] = {}
         self._writers: dict[tuple, str] = {}
         self._refused: set[str] = set()
         self._are_kept = False
@@ -90,7 +92,7 @@ class RouteRecorder:
     ) -> None:
         assert self._tensor is not None
         part = View.of(source.expand(view.shape), self._tensor)
-        key = target.layer, target.name
+        key = target.key
         to = View.of(view, target.materialize())
         spec = TensorSpec.of(self._tensor)
         self._copies.append(Copy.of(key, part, to, boxes, spec, view.dtype))
@@ -131,6 +133,7 @@ class RouteRecorder:
         if self._tensor is not None:
             self.layers[self._layer] += 1
             spec = TensorSpec.of(self._tensor)
+            spec = self._specs.setdefault(spec, spec)
             self._routes[self._name] = Route(spec, tuple(self._copies))
         self._name, self._tensor = "", None
 

@@ -76,28 +76,28 @@ class StagedTensor:
     calls: FirstLoad = field(default_factory=FirstLoad)
 
     def materialize(self) -> torch.Tensor:
-        """Its memory; allocated on first use, at its create-time value where it matters."""
+        """Its memory; allocated, and set to the create-time value, on first use."""
         if self.memory is None:
             self.since, self.until = perf_counter(), None
             memory = meta_tensors.materialize_meta_tensor(self.meta, self.device)
             prefer_huge_pages(memory.data)
             self.memory = memory
-            if not self.ledger.covers(self.meta):
-                # Else all is overwritten before anybody reads it.
-                self._fill(memory.data)
+            if self.initial is not None:
+                memory.data.copy_(self.initial, non_blocking=True)
+            elif not self.ledger.covers(self.meta):
+                memory.data.zero_()
         return self.memory
-
-    def _fill(self, memory: torch.Tensor) -> None:
-        if self.initial is not None:
-            memory.copy_(self.initial)
-        else:
-            memory.zero_()
 
     def processable(self) -> torch.Tensor:
         """A tensor on the memory that processing may write to or give other memory."""
         memory = self.materialize()
         data = memory.data.clone() if self.tied else memory.data
         return meta_tensors.like(data, memory)
+
+    @cached_property
+    def key(self) -> tuple[str, str]:
+        """Names of its layer and of itself."""
+        return self.layer, self.name
 
     @property
     def path(self) -> str:
