@@ -19,7 +19,7 @@ _PARAM, _WEIGHT = "<param>", "<weight>"
 _PLAIN = frozenset({bool, int, str})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Shape and dtype of a tensor that a loader was given."""
 

@@ -11,7 +11,7 @@ m[i] are odd, so that any single changed byte changes the sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ import torch
 
 from vllm.triton_utils import HAS_TRITON
 
-from .ledger import Box, boxes_of_view
+from .ledger import Box, Ledger, boxes_of_view
 
 if TYPE_CHECKING:
     from .staging import StagedTensor
@@ -101,15 +101,20 @@ class Fingerprint:
 
 
 def fingerprints(
-    staged: Sequence[tuple[torch.Tensor, Iterable[Box]]],
+    staged: Sequence[tuple[torch.Tensor, Ledger]],
 ) -> list[Fingerprint]:
     """Fingerprints of tensors of one device, and how each was written."""
     tensors = [tensor.detach() for tensor, _ in staged]
-    together = [_rows_written_together(tensor, boxes) for tensor, boxes in staged]
-    large = [i for i, t in enumerate(tensors) if t.nbytes > _SMALL_BYTES]
-    sums = dict(zip(large, _sums_of_all([(tensors[i], together[i]) for i in large])))
+    large = {
+        i: (tensor, _rows_written_together(tensor, ledger))
+        for i, (tensor, (_, ledger)) in enumerate(zip(tensors, staged))
+        if tensor.nbytes > _SMALL_BYTES
+    }
+    sums = dict(zip(large, _sums_of_all(list(large.values()))))
     return [
-        Fingerprint(None if i in sums else tensor.clone(), together[i], sums.get(i))
+        Fingerprint(None, large[i][1], sums[i])
+        if i in large
+        else Fingerprint(tensor.clone(), 1, None)
         for i, tensor in enumerate(tensors)
     ]
 
@@ -135,12 +140,9 @@ def _launch(tensors: list[tuple[torch.Tensor, int]]) -> dict[int, torch.Tensor]:
     return dict(zip((t.data_ptr() for t, _ in fit), sum_groups(fit)))
 
 
-def _rows_written_together(tensor: torch.Tensor, boxes: Iterable[Box]) -> int:
+def _rows_written_together(tensor: torch.Tensor, ledger: Ledger) -> int:
     """The largest number of rows of which every box holds a multiple."""
-    if tensor.dim() < 2:
-        return 1
-    edges = {edge for box in boxes for edge in (box.start[-2], box.stop[-2])}
-    return gcd(tensor.shape[-2], *edges)
+    return gcd(tensor.shape[-2], ledger.step()) if tensor.dim() > 1 else 1
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:

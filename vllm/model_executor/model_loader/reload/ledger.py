@@ -8,7 +8,7 @@ twice changes nothing, so completion is coverage and never a count.
 
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
-from math import prod
+from math import gcd, prod
 from typing import NamedTuple
 
 import torch
@@ -103,6 +103,8 @@ class Ledger:
         self._boxes = {box for lane in self._owed.values() for box in lane}
         self._total = sum(box.numel for box in self._boxes)
         self.overlapping = self._total < sum(box.numel for box in owed)
+        # Of what is owed; shared by all ledgers that owe the same, once one asks.
+        self._step_of_owed: list[int] = []
         self._begin()
 
     def _owe(self, lane: int, box: Box) -> None:
@@ -120,6 +122,7 @@ class Ledger:
         self._settled = 0
         self.written_numel = 0
         self._due = self._total - self._slack
+        self._as_owed = False
 
     def fresh(self) -> "Ledger":
         """A ledger in which the same is owed, and nothing is written."""
@@ -144,6 +147,7 @@ class Ledger:
         if self._open is self._owed:
             if self._boxes.issubset(noted):  # written as it was owed
                 self._open, self._open_numel = {}, 0
+                self._as_owed = len(noted) == len(self._boxes)
                 return
             self._open = {lane: dict(boxes) for lane, boxes in self._owed.items()}
         for box in noted:
@@ -158,6 +162,18 @@ class Ledger:
             rest = [] if owed is part else list(owed.minus(part))
             self._open_numel -= owed.numel - sum(b.numel for b in rest)
             boxes.update(dict.fromkeys(rest))
+
+    def step(self) -> int:
+        """The largest number of rows of which every written box holds a multiple.
+
+        It counts from the first row of the tensor, and is 0 where nothing was written
+        or there are no rows.
+        """
+        if not self._as_owed:
+            return _step_of(self.written)
+        if not self._step_of_owed:
+            self._step_of_owed.append(_step_of(self._boxes))
+        return self._step_of_owed[0]
 
     def covers(self, tensor: torch.Tensor) -> bool:
         """Whether, once complete, every element of `tensor` was written."""
@@ -202,6 +218,11 @@ class Ledger:
             box.numel - sum(rest.numel for rest in box.minus(part))
             for box, part in pairs
         )
+
+
+def _step_of(boxes: Iterable[Box]) -> int:
+    edges = {edge for box in boxes for edge in (*box.start[-2:-1], *box.stop[-2:-1])}
+    return gcd(*edges)
 
 
 def _lanes(box: Box) -> Iterator[tuple[int, Box]]:

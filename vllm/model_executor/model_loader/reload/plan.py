@@ -85,9 +85,10 @@ class Route:
 
     def fits(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor may take this route."""
+        spec = self.spec
         return (
-            tensor.shape == self.spec.shape
-            and tensor.dtype == self.spec.dtype
+            tensor.shape == spec.shape
+            and tensor.dtype is spec.dtype
             and tensor.is_contiguous()
             # A subclass with operators of its own may have no memory of its own.
             and type(tensor).__torch_dispatch__ is _PLAIN
@@ -135,7 +136,13 @@ def fingerprint(
         A value that compares equal as long as nothing changed.
 
     """
-    maps = (getattr(layer, "expert_map", None) for layer in model.modules())
+    maps = (layer.expert_map for layer in model.modules() if _has_map(layer))
     local = [m.tolist() for m in maps if isinstance(m, torch.Tensor)]
     layouts = [(m.shape, m.stride(), m.dtype) for m in metas]
     return layouts, local, list(placements)
+
+
+def _has_map(layer: torch.nn.Module) -> bool:
+    """Whether a layer has an expert map; most have none, and take long to say so."""
+    own = "expert_map" in vars(layer) or "expert_map" in layer._buffers
+    return own or hasattr(type(layer), "expert_map")

@@ -154,7 +154,7 @@ def close(tensors: Iterable[StagedTensor]) -> None:
     """
     tensors = [tensor for tensor in tensors if not tensor.closed]
     written = [tensor for tensor in tensors if tensor.written]
-    sealed = fingerprints([(t.materialize(), t.written) for t in written])
+    sealed = fingerprints([(t.materialize(), t.ledger) for t in written])
     for tensor, seal in zip(written, sealed):
         tensor.sealed = seal
     for tensor in tensors:
@@ -319,19 +319,23 @@ class StagedLayer:
             return False
         return not any(tensor.awaited for tensor in self.tensors)
 
+    @cached_property
+    def _metas(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        params = {name: tensor.meta for name, tensor in self.params.items()}
+        return params, {name: tensor.meta for name, tensor in self.buffers.items()}
+
     def show(self) -> None:
         """Show the staged tensors to loaders, in place of those that serve."""
         state = self.layer.__dict__
         if self._hidden is not None:
             return
-        params = {name: t.meta for name, t in self.params.items()}
-        staged = {name: t.meta for name, t in self.buffers.items()}
-        live = {n: b for n, b in self.layer._buffers.items() if n not in params}
+        params, staged = self._metas
+        self._hidden = {name: state[name] for name in ("_parameters", "_buffers")}
+        live = {n: b for n, b in state["_buffers"].items() if n not in params}
         # Plain attributes that processing put where a tensor was created hide it.
-        covers = [n for n in (*params, *staged) if n in state]
-        self._hidden = {name: state.pop(name) for name in covers}
-        self._hidden |= {n: state[n] for n in ("_parameters", "_buffers")}
-        state.update(_parameters=params, _buffers={**live, **staged})
+        for name in state.keys() & (params.keys() | staged.keys()):
+            self._hidden[name] = state.pop(name)
+        state.update(_parameters=dict(params), _buffers={**live, **staged})
 
     @property
     def is_shown(self) -> bool:

@@ -35,7 +35,9 @@ def stage_model(
 
     """
     area = _StagingArea(first_loaded, run, placements or {})
-    layers = [area.stage(name, layer) for name, layer in model.named_modules()]
+    # The default device is a mode that each question goes through.
+    with torch._C.DisableTorchFunction():
+        layers = [area.stage(name, layer) for name, layer in model.named_modules()]
     return [layer for layer in layers if layer.params or layer.buffers]
 
 

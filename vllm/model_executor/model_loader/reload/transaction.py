@@ -255,7 +255,6 @@ class ReloadTransaction:
             with self._staging():
                 result = self._load_weights(iter(source), *args, **kwargs)
                 self.commit_ready_layers()
-                self._commit_now(self._ready.take())
         except BaseException as error:
             self.fail(f"loading {source.name or 'weights'}: {error!r}")
             refused = isinstance(error, Exception) and error is not source.error
@@ -432,9 +431,7 @@ class ReloadTransaction:
         self._recorder.layers[loader.tensor.layer] += 1
         try:
             with self._times.call(), self._staging():
-                result = self._run_loader(loader, args, kwargs)
-                self._commit_now(self._ready.take())
-                return result
+                return self._run_loader(loader, args, kwargs)
         except BaseException as error:
             self.fail(f"loading {loader.tensor.layer}.{loader.tensor.name}: {error!r}")
             raise
