@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 __all__ = ["Strided"]
@@ -22,12 +22,11 @@ class Strided(NamedTuple):
     target_row: int
 
     @classmethod
-    @lru_cache(maxsize=1024)  # the experts of a model need few different ones
     def of(
         cls,
-        shape: tuple[int, ...],
-        source: tuple[int, ...],
-        target: tuple[int, ...],
+        shape: Sequence[int],
+        source: Sequence[int],
+        target: Sequence[int],
         itemsize: int,
     ) -> Strided | None:
         """Describe a copy in as few dimensions as it has.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -64,7 +65,7 @@ class Copy:
         size = dtype.itemsize
         layout = None
         if spec.dtype == dtype:
-            layout = Strided.of(target.shape, source.stride, target.stride, size)
+            layout = _strided(target.shape, source.stride, target.stride, size)
         offsets = source.offset * spec.dtype.itemsize, target.offset * size
         whole = None if source == View.whole(spec.shape) else source
         return cls(tensor, whole, target, boxes, layout, *offsets)
@@ -146,3 +147,14 @@ def _has_map(layer: torch.nn.Module) -> bool:
     """Whether a layer has an expert map; most have none, and take long to say so."""
     own = "expert_map" in vars(layer) or "expert_map" in layer._buffers
     return own or hasattr(type(layer), "expert_map")
+
+
+@lru_cache(maxsize=1024)
+def _strided(
+    shape: tuple[int, ...],
+    source: tuple[int, ...],
+    target: tuple[int, ...],
+    itemsize: int,
+) -> Strided | None:
+    """One object for all experts, which stays in the processor's cache."""
+    return Strided.of(shape, source, target, itemsize)
