@@ -9,7 +9,7 @@ RPC would take them for its own.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,14 @@ from vllm.model_executor.model_loader.reload import ReloadStatus, reload_status
 from vllm.v1.serial_utils import run_method
 from vllm.v1.worker.rpc_failure import RpcFailedError, RpcFailure
 
-__all__ = ["WorkerReply", "models_of", "results_of", "run_and_report", "weight_states"]
+__all__ = [
+    "WorkerReply",
+    "models_of",
+    "results_of",
+    "run_and_report",
+    "weight_states",
+    "weight_status",
+]
 
 logger = init_logger(__name__)
 
@@ -69,6 +76,11 @@ def run_and_report(
 def weight_states(worker: Any) -> tuple[ReloadStatus, ...]:
     """Return the weights' state of a worker's models, the served one first."""
     return tuple(reload_status(model) for model in models_of(worker))
+
+
+def weight_status(worker: Any) -> list[dict[str, Any]]:
+    """Return the same as plain data: a `ReloadStatus` as fields for each model."""
+    return [asdict(state) for state in weight_states(worker)]
 
 
 def models_of(worker: Any) -> list[nn.Module]:

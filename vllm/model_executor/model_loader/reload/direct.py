@@ -131,6 +131,7 @@ class DirectSync:
             raise WeightSyncError("weight sync is incomplete", missing=missing)
         self._reload.version += 1
         self._reload.lost, self._reload.fenced = "", False
+        self._reload.unchecked = "layers that the engine filled itself"
 
     def abort(self, reason: str) -> None:
         """Let the layers that are open serve their old values, and close."""

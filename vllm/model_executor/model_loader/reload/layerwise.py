@@ -46,6 +46,7 @@ __all__ = [
     "initialize_layerwise_reload",
     "initialize_online_processing",
     "mark_inconsistent",
+    "note_unchecked",
     "planned_routes",
     "record_metadata_for_reloading",
     "reload_status",
@@ -151,6 +152,22 @@ def mark_inconsistent(model: torch.nn.Module, reason: str, fenced: bool = True) 
     """
     reload = _model_reload(_unwrapped(model))
     reload.lost, reload.fenced = reason, fenced
+
+
+def note_unchecked(model: torch.nn.Module, road: str) -> None:
+    """Note that weights come into the tensors that serve, past the checks of a sync.
+
+    Args:
+        model: the model.
+        road: how, for the log and for whoever asks.
+
+    """
+    logger.warning(
+        "Weights come past the checks of a sync (%s): whether all of them do, and "
+        "whether their scales are valid, is not known.",
+        road,
+    )
+    _model_reload(_unwrapped(model)).unchecked = road
 
 
 def initialize_online_processing(layer: torch.nn.Module) -> None:

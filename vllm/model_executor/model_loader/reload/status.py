@@ -23,6 +23,8 @@ class ReloadStatus:
         fenced: whether requests must be refused: after a sync that left a mixture, and
             during one from the first layer that it committed. Weights that were never
             loaded (`load_format=dummy`) are inconsistent, but there to be run.
+        unchecked: by which road weights came past the checks of a sync, since the last
+            sync that brought all of them; empty if none did.
 
     """
 
@@ -30,3 +32,4 @@ class ReloadStatus:
     version: int
     detail: str = ""
     fenced: bool = False
+    unchecked: str = ""

@@ -108,6 +108,7 @@ class ModelReload:
         fenced: whether, when lost, requests must be refused.
         transaction: the open sync, or the one that failed and was not closed.
         plan: where earlier syncs brought what they were given.
+        unchecked: by which road weights came past the checks since a sync of all.
 
     """
 
@@ -117,9 +118,13 @@ class ModelReload:
     fenced: bool = False
     transaction: Sync | None = None
     plan: Plan = field(default_factory=Plan)
+    unchecked: str = ""
 
     @property
     def status(self) -> ReloadStatus:
+        return replace(self._checked_status(), unchecked=self.unchecked)
+
+    def _checked_status(self) -> ReloadStatus:
         if self.lost:
             return ReloadStatus("inconsistent", self.version, self.lost, self.fenced)
         if self.transaction is None or not self.transaction.is_open:
@@ -321,6 +326,7 @@ class ReloadTransaction:
         # Of a part nobody knows what its loaders keep for the rest.
         if all(tensor.ledger.complete for tensor in self._layers_of):
             self._reload.plan.take_over(self._recorder.routes(), self._layout)
+            self._reload.unchecked = ""
         if not self._reload.first_loaded:
             for tensor in self._layers_of:
                 tensor.learn()
