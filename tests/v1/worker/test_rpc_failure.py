@@ -8,7 +8,11 @@ import pytest
 
 from vllm.model_executor.model_loader.reload import WeightSyncError
 from vllm.model_executor.model_loader.reload.agreement import RankFailedError
-from vllm.model_executor.model_loader.reload.errors import Finding, SyncConflictError
+from vllm.model_executor.model_loader.reload.errors import (
+    Finding,
+    SyncConflictError,
+    TransferMissingError,
+)
 from vllm.v1.worker.rpc_failure import RpcFailedError, RpcFailure
 
 
@@ -21,6 +25,7 @@ def findings(count: int, detail: str = "never sent") -> list[Finding]:
     [
         (WeightSyncError("no"), 422),
         (SyncConflictError("no"), 409),
+        (TransferMissingError("no"), 501),
         (RankFailedError("no"), 424),
         (ValueError("no"), 400),
         (RuntimeError("no"), None),

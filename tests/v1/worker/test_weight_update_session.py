@@ -38,6 +38,7 @@ class Engine:
         self.fails_at = ""
         self.resets = 0
         self.taken = 0
+        self.infos = []
 
     def parse_init_info(self, info: dict) -> dict:
         return info
@@ -53,6 +54,7 @@ class Engine:
         self._fail("start")
 
     def update_weights(self, info: dict) -> None:
+        self.infos.append(info)
         self._fail("update")
 
     def finish_weight_update(self) -> None:
@@ -92,6 +94,7 @@ def worker() -> Worker:
     record_metadata_for_reloading(model)
     worker = object.__new__(Worker)
     worker.vllm_config = VllmConfig()
+    worker.rank = 0
     worker.weight_transfer_engine = Engine(model)
     worker._weight_update_active = False
     worker._weight_update_is_draft = False
@@ -143,20 +146,30 @@ def test_a_step_that_fails_elsewhere_drops_the_sync(step, worker, others):
     assert worker.weight_transfer_engine.resets == 1
 
 
-@pytest.mark.parametrize("infos", [[], [{}, {}]])
-def test_a_list_has_an_update_for_each_rank(infos, worker):
-    worker.rank = 0
+@pytest.fixture
+def second_of_four(worker) -> Worker:
+    """Rank 0 of the second of two replicas that have two ranks each.
+
+    The model is dense, so the replica does not know of the first one.
+    """
+    parallel = worker.vllm_config.parallel_config
+    parallel.world_size, parallel.data_parallel_index = 2, 1
     worker.start_weight_update()
-    with pytest.raises(ValueError, match=f"each of 1, got a list of {len(infos)}"):
-        worker.update_weights(infos)
-    assert not worker._weight_update_active
+    return worker
 
 
-def test_a_list_of_one_serves_one_rank(worker):
-    worker.rank = 0
-    worker.start_weight_update()
-    worker.update_weights([{}])
-    assert worker._weight_update_active
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_a_list_has_an_update_for_each_rank(count, second_of_four):
+    expected = f"each of 2 in each replica, got a list of {count} in replica 1"
+    with pytest.raises(ValueError, match=expected):
+        second_of_four.update_weights([{}] * count)
+    assert not second_of_four._weight_update_active
+
+
+def test_a_rank_takes_its_own_update_from_a_list(second_of_four):
+    engine = second_of_four.weight_transfer_engine
+    second_of_four.update_weights([{"to": rank} for rank in range(4)])
+    assert engine.infos == [{"to": 2}]
 
 
 @STEPS

@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.reload.errors import (
     MAX_LINES,
     Finding,
     SyncConflictError,
+    TransferMissingError,
 )
 
 __all__ = ["RpcFailedError", "RpcFailure"]
@@ -25,6 +26,7 @@ __all__ = ["RpcFailedError", "RpcFailure"]
 _STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (WeightSyncError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (SyncConflictError, HTTPStatus.CONFLICT),
+    (TransferMissingError, HTTPStatus.NOT_IMPLEMENTED),
     (RankFailedError, HTTPStatus.FAILED_DEPENDENCY),
     (ValueError, HTTPStatus.BAD_REQUEST),
 )

@@ -12,16 +12,21 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from vllm.config import ParallelConfig
 from vllm.model_executor.model_loader.reload import (
     abort_layerwise_reload,
     mark_inconsistent,
 )
 from vllm.model_executor.model_loader.reload.agreement import agree_across_ranks
-from vllm.model_executor.model_loader.reload.errors import SyncConflictError
+from vllm.model_executor.model_loader.reload.errors import (
+    SyncConflictError,
+    TransferMissingError,
+)
 from vllm.v1.worker.weight_report import models_of
 
 __all__ = [
     "abort_session",
+    "check_configured",
     "check_per_rank",
     "continues_session",
     "drops_weights",
@@ -74,17 +79,42 @@ def abort_session(worker: Any) -> None:
         _close(worker, "the weight update was aborted")
 
 
-def check_per_rank(update_info: Any, ranks: int) -> None:
-    """Check that a list of update infos has one for each rank.
+def check_configured(engine: Any) -> None:
+    """Check that a worker has a weight transfer engine.
 
     Raises:
-        ValueError: it has more or fewer.
+        TransferMissingError: it has none.
 
     """
-    if isinstance(update_info, list) and len(update_info) != ranks:
+    if engine is None:
+        raise TransferMissingError(
+            "this server has no way for weights to come: start it with "
+            """--weight-transfer-config, such as '{"backend": "shm"}'"""
+        )
+
+
+def check_per_rank(update_info: Any, parallel: ParallelConfig, rank: int) -> None:
+    """Check that a list of update infos has one for each rank.
+
+    A replica of a dense model does not know how many replicas there are.
+
+    Args:
+        update_info: one update info for all ranks, or a list of them.
+        parallel: how this replica is parallel.
+        rank: this worker's in its replica.
+
+    Raises:
+        ValueError: the list has none for this rank, or not as many for each replica.
+
+    """
+    if not isinstance(update_info, list):
+        return
+    size, place = parallel.world_size, parallel.data_parallel_index
+    if len(update_info) % size or len(update_info) <= place * size + rank:
         raise ValueError(
             f"expected one update_info for all ranks, or a list with one for each of "
-            f"{ranks}, got a list of {len(update_info)}"
+            f"{size} in each replica, got a list of {len(update_info)} in replica "
+            f"{place}"
         )
 
 

@@ -5,7 +5,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["MAX_LINES", "Finding", "SyncConflictError", "WeightSyncError"]
+__all__ = [
+    "MAX_LINES",
+    "Finding",
+    "SyncConflictError",
+    "TransferMissingError",
+    "WeightSyncError",
+]
 
 # A message is read in a terminal and in an HTTP body: it must stay short.
 MAX_LINES = 20
@@ -73,3 +79,7 @@ class WeightSyncError(RuntimeError):
 
 class SyncConflictError(RuntimeError):
     """A call came while another sync was open, or while none was."""
+
+
+class TransferMissingError(RuntimeError):
+    """The engine was started without a way for weights to come."""
