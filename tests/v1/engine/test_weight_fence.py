@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from vllm.model_executor.model_loader.reload import ReloadStatus
+from vllm.model_executor.model_loader.reload.errors import SyncConflictError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
@@ -142,6 +143,10 @@ def break_weights(core) -> None:
         core.collective_rpc("broken_sync")
 
 
+def gone(*args, **kwargs):
+    raise RuntimeError("cancelled")
+
+
 def refusals(core):
     """All outputs that wait for delivery."""
     found = []
@@ -164,6 +169,16 @@ def test_an_rpc_returns_what_it_returned():
 def test_an_rpc_raises_what_it_raised_in_this_process():
     with pytest.raises(ValueError, match="boom"):
         make_core().collective_rpc("raises")
+
+
+def test_an_rpc_on_a_worker_that_is_gone_says_so():
+    core = make_core(ranks=2)
+    core.model_executor.collective_rpc = gone
+    with pytest.raises(RuntimeError, match="cancelled"):
+        core.collective_rpc("harmless", args=(3,))
+    core.model_executor.is_failed = True
+    with pytest.raises(RuntimeError, match="harmless failed: the process of a worker"):
+        core.collective_rpc("harmless", args=(3,))
 
 
 def test_a_failing_rpc_leaves_sound_weights_in_service():
@@ -309,6 +324,32 @@ def test_weights_that_a_sleep_dropped_are_fenced_after_waking_up():
     (output,) = refusals(core)
     assert output.request_id == "waiting"
     assert not core.scheduler.requests
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_does_not_sleep_while_a_sync_is_open(level):
+    core = make_core(ranks=2)
+    (_, worker) = core.model_executor.workers
+    worker.model.status = ReloadStatus("updating", 0)
+    core.collective_rpc("harmless", args=(1,))
+    with pytest.raises(SyncConflictError, match="abort_weight_update"):
+        core.sleep(level=level)
+    assert not core.model_executor.is_sleeping
+    core.sleep(level=0)
+    core.collective_rpc("sync")
+    core.sleep(level=level)
+    assert core.model_executor.is_sleeping
+
+
+def test_weights_that_sleep_are_not_written_to():
+    core = make_core()
+    core.model_executor.sleeping_tags = {"weights", "kv_cache"}
+    with pytest.raises(SyncConflictError, match="wake_up.* before reload_weights"):
+        core.collective_rpc("reload_weights")
+    assert core.collective_rpc("harmless", args=(1,)) == [1]
+    core.model_executor.sleeping_tags = {"kv_cache"}
+    with pytest.raises(NotImplementedError):  # the worker is asked
+        core.collective_rpc("reload_weights")
 
 
 def test_weights_that_were_synced_asleep_serve_after_waking_up():

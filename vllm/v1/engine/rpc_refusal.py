@@ -29,7 +29,7 @@ __all__ = ["RpcRefusal", "RpcRefusedError", "raises_refusals", "tells_refusals"]
 Invoke = Callable[[str, Callable[[], Any], UtilityOutput, Callable], None]
 Process = Callable[[UtilityOutput, dict[int, Any]], None]
 
-TOLD = ("collective_rpc", "check_weights")
+TOLD = ("collective_rpc", "check_weights", "sleep")
 MAX_LISTED = 20
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import ReloadStatus
+from vllm.model_executor.model_loader.reload.errors import SyncConflictError
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.refused_output import WeightsInconsistentError
@@ -61,6 +62,22 @@ CoreStep = Callable[[Any], tuple[StepOutputs, bool]]
 REFUSAL = (
     "The weights of this engine are inconsistent: it refuses requests until a complete "
     "weight sync succeeds. Reason: {reason}"
+)
+
+WRITING_RPCS = frozenset(
+    {
+        "start_weight_update",
+        "start_draft_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reload_weights",
+    }
+)
+
+# An executor that lost a worker ends the others, and says "cancelled".
+WORKER_GONE = (
+    "The RPC {method} failed: the process of a worker is gone, and this engine ends "
+    "with it. The log above names the worker; start the server again."
 )
 
 
@@ -141,8 +158,32 @@ class WeightFence:
         return outputs
 
     def fall_asleep(self, level: int) -> None:
-        """Remember that a sleep of this level was asked for."""
+        """Remember that a sleep of this level was asked for.
+
+        Raises:
+            SyncConflictError: a sync is open, and would write to memory that is gone.
+
+        """
+        if level >= 1 and self._weights.updating:
+            raise SyncConflictError(
+                "a weight update is open; end it with finish_weight_update or "
+                "abort_weight_update before the engine goes to sleep"
+            )
         self._dropped = self._dropped or level >= 2
+
+    def check_awake(self, method: str | Callable) -> None:
+        """Check that the weights are there, if an RPC writes to them.
+
+        Raises:
+            SyncConflictError: they are asleep.
+
+        """
+        asleep = getattr(self._core.model_executor, "sleeping_tags", ())
+        if method in WRITING_RPCS and "weights" in asleep:
+            raise SyncConflictError(
+                f"the weights are asleep; call wake_up, with tags=weights to leave the "
+                f"rest asleep, before {method}"
+            )
 
     def resume(self) -> None:
         """Ask for the state of the weights if sleep dropped them, and act on it."""
@@ -242,7 +283,13 @@ def fenced_rpc(collective_rpc: CoreMethod) -> CoreMethod:
     @wraps(collective_rpc)
     def watched(core: Any, method: str | Callable, *args: Any, **kwargs: Any) -> Any:
         reporting = partial(run_and_report, method)
-        replies = collective_rpc(core, reporting, *args, **kwargs)
+        core.weight_fence.check_awake(method)
+        try:
+            replies = collective_rpc(core, reporting, *args, **kwargs)
+        except RuntimeError as error:
+            if getattr(core.model_executor, "is_failed", False):
+                raise RuntimeError(WORKER_GONE.format(method=method)) from error
+            raise
         core.weight_fence.observe([reply.states for reply in replies])
         return results_of(replies, method)
 

@@ -18,12 +18,14 @@ class EngineWeightState:
         versions: complete syncs so far on each rank.
         mixture: why a rank's own weights must not be served; None if they may.
         split: which ranks' weights do not belong together; None if all do.
+        updating: whether a sync is open on any rank.
 
     """
 
     versions: tuple[int, ...] = ()
     mixture: str | None = None
     split: str | None = None
+    updating: bool = False
 
     @property
     def reason(self) -> str | None:
@@ -39,7 +41,10 @@ class EngineWeightState:
         """
         versions = tuple(models[0].version for models in states if models)
         return EngineWeightState(
-            versions, _mixture(states), self._split_after(versions)
+            versions,
+            _mixture(states),
+            self._split_after(versions),
+            any(state.state == "updating" for models in states for state in models),
         )
 
     def committed_since(self, earlier: "EngineWeightState") -> bool:
