@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A trainer syncs into running servers of two ranks, and one of the ranks fails.
+
+One server for each kind of parallelism. It has loaded B, so what it answers at first is
+what any server has to answer after a sync of B. The last test of each kills a rank.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pytest
+import requests
+import torch
+
+from examples.rl.shm_trainer import Trainer
+from tests.checkpoints import CASES, Case, Sizes, write_checkpoint
+from tests.harness.server import KEY, Server, starting
+
+FP8_BLOCK = CASES["qwen3_moe-fp8_block"]
+# Whole scale blocks on each rank, of experts and of attention.
+SIZES = Sizes(head_dim=128, intermediate=256)
+CASE = Case(FP8_BLOCK.architecture, FP8_BLOCK.quantization, sizes=SIZES)
+A, B = 1, 2
+BUCKET_BYTES = 1 << 20
+OPTIONS = [
+    *("--max-model-len", "256", "--max-num-seqs", "4"),
+    *("--weight-transfer-config", '{"backend": "shm"}'),
+]
+REQUEST = {
+    "model": "tiny",
+    "prompt": [3, 1, 4, 1, 5] * 30,
+    "max_tokens": 4,
+    "temperature": 0,
+    "logprobs": 1,
+    "ignore_eos": True,
+    "return_token_ids": True,
+}
+# What rank 1 serves, whether layers, experts or their columns are shared out.
+SCALE = "model.layers.1.mlp.experts.7.down_proj.weight_scale_inv"
+LAYER = "model.layers.1.mlp.experts.routed_experts"
+DEATH_SECONDS = 60
+
+Named = tuple[str, torch.Tensor]
+Answer = tuple[list[int], list[float]]
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How two ranks share a model.
+
+    Attributes:
+        options: of the command line.
+        expert: what the owners of `SCALE` call its expert.
+        owners: the ranks that need a part of `SCALE`.
+        dies: the request during which rank 1 dies; before it, if there is none.
+    """
+
+    options: tuple[str, ...]
+    expert: int
+    owners: tuple[int, ...]
+    dies: str | None
+
+
+EAGER = "--enforce-eager"
+# The released CPU worker makes the buffers between stages only when it compiles.
+COMPILED = ("--compilation-config", '{"mode": 1, "backend": "eager"}')
+PARALLELISMS = {
+    "tp": Parallelism((EAGER, "-tp=2"), 7, (0, 1), "update_weights"),
+    "ep": Parallelism((EAGER, "-tp=2", "--enable-expert-parallel"), 3, (1,), None),
+    "pp": Parallelism((*COMPILED, "-pp=2"), 7, (1,), "finish_weight_update"),
+}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server, how its ranks share the model, and what it answered at first."""
+
+    server: Server
+    parallelism: Parallelism
+    fresh_b: Answer
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the processes of the ranks, in order."""
+        children = psutil.Process(self.server.process.pid).children(recursive=True)
+        titles = {title_of(child): child for child in children}
+        return [titles[t] for t in sorted(titles) if t.startswith("VLLM::Worker_")]
+
+
+@pytest.fixture(scope="module", params=PARALLELISMS)
+def running(request, tmp_path_factory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = write_checkpoint(CASE, B, folder / "model", tokenizer=True)
+    parallelism = PARALLELISMS[request.param]
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "VLLM_RELOAD_COMMIT": "model",
+    }
+    options = [*OPTIONS, *parallelism.options]
+    with starting(model, folder / "log", options, environment) as server:
+        server.wait()
+        yield Running(server, parallelism, ask(server))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Leave the cores to the ranks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def server(running) -> Server:
+    return running.server
+
+
+@pytest.fixture
+def trainer(server) -> Iterator[Trainer]:
+    with closing(Trainer(server.url, KEY, BUCKET_BYTES)) as trainer:
+        yield trainer
+
+
+def title_of(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
+def ask(server: Server) -> Answer:
+    """Return what a server answers: tokens and their log-probabilities."""
+    response = server.post("v1/completions", REQUEST)
+    assert response.status_code == 200, response.text
+    (choice,) = response.json()["choices"]
+    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+
+def refused(act: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[int, dict]:
+    """Return the status and the error of a request that is refused."""
+    with pytest.raises(requests.HTTPError) as raised:
+        act(*args, **kwargs)
+    response = raised.value.response
+    return response.status_code, response.json()["error"]
+
+
+class UnequalTrainer(Trainer):
+    """Does not tell rank 1 of `SCALE`."""
+
+    def post(self, route: str, **body: Any) -> None:
+        if route == "update_weights":
+            info = body["update_info"]
+            body["update_info"] = [info, without_scale(info)]
+        super().post(route, **body)
+
+
+def without_scale(info: dict[str, Any]) -> dict[str, Any]:
+    kept = [n for n, name in enumerate(info["names"]) if name != SCALE]
+    lists = {k: [v[n] for n in kept] for k, v in info.items() if isinstance(v, list)}
+    return {**info, **lists}
+
+
+def test_a_sync_serves_what_a_fresh_server_serves(running, server, trainer):
+    trainer.sync(CASE.tensors(A))
+    assert ask(server) != running.fresh_b
+    trainer.sync(CASE.tensors(B))
+    assert ask(server) == running.fresh_b
+
+
+def test_a_scale_that_is_never_sent_is_named_by_its_owners(running, server, trainer):
+    before = ask(server)
+    status, error = refused(trainer.sync, (t for t in CASE.tensors(A) if t[0] != SCALE))
+    assert status == 422
+    (found,) = error["missing"]
+    assert (found["layer"], found["parameter"]) == (LAYER, "w2_weight_scale_inv")
+    assert (found["expert"], found["shard"]) == (running.parallelism.expert, "down")
+    assert found["ranks"] == [*running.parallelism.owners]
+    assert ask(server) == before
+
+
+def test_what_one_rank_lacks_no_rank_serves(running, server):
+    before = ask(server)
+    with closing(UnequalTrainer(server.url, KEY, BUCKET_BYTES)) as trainer:
+        status, error = refused(trainer.sync, CASE.tensors(A))
+    assert status == 422
+    (found,) = error["missing"]
+    assert (found["layer"], found["parameter"]) == (LAYER, "w2_weight_scale_inv")
+    assert (found["detail"], found["ranks"]) == ("never sent", [1])
+    assert "rank 1 of 2 failed" in error["message"]
+    assert ask(server) == before
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_scale_of_one_rank_is_served_by_none(server, trainer, value):
+    before = ask(server)
+    tensors = dict(CASE.tensors(A))
+    tensors[SCALE][0, 1] = value  # where columns are shared out, rank 1 has this one
+    status, error = refused(trainer.sync, tensors.items())
+    assert status == 422
+    (found,) = error["invalid"]
+    assert (found["layer"], found["parameter"]) == (LAYER, "w2_weight_scale_inv")
+    assert f"scale is {value}" in found["detail"]
+    assert found["ranks"] == [1]
+    assert ask(server) == before
+
+
+def test_after_all_that_a_sync_is_whole(running, server, trainer):
+    trainer.sync(CASE.tensors(A))
+    assert ask(server) != running.fresh_b
+    trainer.sync(CASE.tensors(B))
+    assert ask(server) == running.fresh_b
+
+
+class Killer(Trainer):
+    """Kills a rank: before the second chunk, or while the others are at a request.
+
+    Attributes:
+        victim: the rank's process.
+        during: route of that request, if it is one.
+        errors: what the server has answered since, status and text.
+    """
+
+    def __init__(self, server: Server, victim: psutil.Process, during: str | None):
+        self.victim, self.during = victim, during
+        self.errors: list[tuple[int, str]] = []
+        self._sent = 0
+        super().__init__(server.url, KEY, BUCKET_BYTES)
+
+    def post(self, route: str, **body: Any) -> None:
+        if route == "update_weights":
+            self._sent += 1
+            if self._sent == 2 and self.during is None:
+                self.victim.send_signal(signal.SIGKILL)
+        try:
+            if self._sent > 1 and self.during == route:
+                self._kill_meanwhile(route, body)
+            else:
+                super().post(route, **body)
+        except requests.HTTPError as error:
+            self.errors.append((error.response.status_code, str(error)))
+            raise
+
+    def _kill_meanwhile(self, route: str, body: dict[str, Any]) -> None:
+        self.victim.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(super().post, route, **body)
+            time.sleep(1)
+            assert not answer.done()
+            self.victim.send_signal(signal.SIGKILL)
+            answer.result()
+
+
+def test_a_rank_that_is_killed_ends_the_server(running, server):
+    ranks = running.processes()
+    killer = Killer(server, ranks[1], running.parallelism.dies)
+    with closing(killer), pytest.raises(requests.RequestException):
+        killer.sync(CASE.tensors(A))
+    status, reason = killer.errors[0]
+    assert status == 500
+    assert "process of a worker is gone" in reason or "EngineCore" in reason
+    server.process.wait(DEATH_SECONDS)
+    assert psutil.wait_procs(ranks, DEATH_SECONDS)[1] == []
+    assert "Worker proc VllmWorker-1 died" in server.log.read_text()
