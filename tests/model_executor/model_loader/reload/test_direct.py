@@ -147,6 +147,7 @@ def test_filled_layers_serve_at_their_addresses(model):
     assert served == {name: p.data_ptr() for name, p in model.named_parameters()}
     status = reload_status(model)
     assert (status.state, status.version) == ("serving", 1)
+    assert status.unchecked == "layers that the engine filled itself"
 
 
 def test_layers_left_out_keep_what_served(model):
