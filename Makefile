@@ -20,10 +20,10 @@ export VLLM_CPU_KVCACHE_SPACE := 1
 
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test bench upstream-test gpu-test gpu-bench wheel patch \
-	patch-test lint clean
+	patch-test docs lint clean
 
 help:
-	@echo "make venv [BASE=x.y.z] | demo | test | bench | upstream-test | lint | clean"
+	@echo "make venv [BASE=x.y.z] | demo | test | bench | upstream-test | docs | lint | clean"
 	@echo "make wheel [BASE=x.y.z] | patch [BASE=x.y.z] | patch-test [BASE=x.y.z]"
 	@echo "with the fork installed on a machine with a GPU: make gpu-test | gpu-bench"
 
@@ -64,6 +64,10 @@ patch: default-venv
 
 patch-test: default-venv
 	.venv/bin/python -m tests.upstream.patched $(if $(BASE),--base $(BASE))
+
+docs: default-venv
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 lint: default-venv
 	.venv/bin/ruff check .
