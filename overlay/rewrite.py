@@ -7,6 +7,7 @@ Whatever an edit does not touch keeps its formatting to the last blank.
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import libcst as cst
 
@@ -67,18 +68,18 @@ class AtDefinition(Action):
     def visit_ClassDef(self, node: cst.ClassDef) -> None:
         self._scope.append(node.name.value)
 
-    def leave_FunctionDef(self, original_node, updated_node):
+    def leave_FunctionDef(self, original_node: Any, updated_node: Any) -> Any:
         return self._leave(updated_node)
 
-    def leave_ClassDef(self, original_node, updated_node):
+    def leave_ClassDef(self, original_node: Any, updated_node: Any) -> Any:
         return self._leave(updated_node)
 
-    def _leave(self, node: Definition):
+    def _leave(self, node: Definition) -> Any:
         name = ".".join(self._scope)
         self._scope.pop()
         return self.matched(node) if name == self.edit.anchor else node
 
-    def matched(self, node):
+    def matched(self, node: Any) -> Any:
         """Count the anchor and change it."""
         self.found += 1
         return self.change(node)
@@ -141,7 +142,7 @@ class Decorate(AtDefinition):
 class Beside(AtDefinition):
     """An action whose anchor may also be the assignment to a name."""
 
-    def leave_SimpleStatementLine(self, original_node, updated_node):
+    def leave_SimpleStatementLine(self, original_node: Any, updated_node: Any) -> Any:
         scope, _, name = self.edit.anchor.rpartition(".")
         here = ".".join(self._scope) == scope
         return (
@@ -154,14 +155,14 @@ class Beside(AtDefinition):
 class Before(Beside):
     """Lines before a definition or an assignment."""
 
-    def change(self, node) -> cst.FlattenSentinel:
+    def change(self, node: Any) -> cst.FlattenSentinel:
         return cst.FlattenSentinel([*_spaced(self.statements()), node])
 
 
 class After(Beside):
     """Lines after a definition or an assignment."""
 
-    def change(self, node) -> cst.FlattenSentinel:
+    def change(self, node: Any) -> cst.FlattenSentinel:
         return cst.FlattenSentinel([node, *_spaced(self.statements())])
 
 
@@ -177,7 +178,7 @@ class Redirect(Action):
             raise Misfit("no `from ... import` binds this name")
         return changed
 
-    def leave_SimpleStatementLine(self, original_node, updated_node):
+    def leave_SimpleStatementLine(self, original_node: Any, updated_node: Any) -> Any:
         statement = updated_node.body[0]
         if not isinstance(statement, cst.ImportFrom):
             return updated_node

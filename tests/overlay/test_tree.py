@@ -105,8 +105,8 @@ def test_a_change_in_the_checkout_is_copied_when_copied(tree, wheel, checkout):
 def test_a_misfit_leaves_the_tree_as_it_was(tree, wheel, checkout, placement):
     before = contents(tree)
     declared = (checkout.root / "overlay/edits/cli.toml").read_text()
-    checkout.write("overlay/edits/cli.toml", declared.replace('"main"', '"mian"'))
-    with pytest.raises(EditError, match="mian"):
+    checkout.write("overlay/edits/cli.toml", declared.replace('"main"', '"absent"'))
+    with pytest.raises(EditError, match="absent"):
         tree.lay(checkout.fork(wheel), placement)
     assert contents(tree) == before
 

@@ -88,7 +88,7 @@ def test_the_same_input_gives_the_same_bytes(wheel, checkout, tmp_path):
 @pytest.mark.parametrize(
     ("module", "anchor", "problem"),
     [
-        ("vllm/cli.py", "mian", "found 0 times"),
+        ("vllm/cli.py", "absent", "found 0 times"),
         ("vllm/gone.py", "main", "no such module"),
         ("vllm/replaced.py", "main", "the overlay replaces"),
     ],

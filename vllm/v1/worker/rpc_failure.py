@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 from vllm.model_executor.model_loader.reload import WeightSyncError
 from vllm.model_executor.model_loader.reload.agreement import RankFailedError
@@ -80,7 +81,7 @@ class RpcFailedError(RuntimeError):
         self.failures = dict(failures)
         super().__init__(f"{summary}\n{self._by_text()}")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.summary, self.failures)
 
     def _by_text(self) -> str:

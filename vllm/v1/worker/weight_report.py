@@ -46,7 +46,7 @@ class WorkerReply:
     error: Exception | RpcFailure | None
     states: tuple[ReloadStatus, ...]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         error = self.error
         if isinstance(error, Exception):
             error = RpcFailure.of(error)

@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = [
     "MAX_LINES",
@@ -65,7 +66,7 @@ class WeightSyncError(RuntimeError):
         self.invalid = tuple(invalid)
         super().__init__("\n".join(self._lines()))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.summary, self.missing, self.invalid)
 
     def _lines(self) -> list[str]:

@@ -84,7 +84,7 @@ class _WatchedLoad:
         self._original = original
         self._watched = watched
 
-    def __call__(self, weights, *args, **kwargs):
+    def __call__(self, weights: Any, *args: Any, **kwargs: Any) -> Any:
         return self._original(self._watched.watch(weights), *args, **kwargs)
 
 

@@ -4,6 +4,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.parameter import UninitializedParameter
@@ -120,7 +121,8 @@ def restore_layer_on_meta(layer: torch.nn.Module, info: LayerReloadingInfo) -> N
         if hasattr(layer, name):
             delattr(layer, name)
     for name in (n for n in params if n not in SKIP_TENSORS):
-        layer.register_parameter(name, restore_layer_refs(params[name], layer))
+        param: Any = restore_layer_refs(params[name], layer)
+        layer.register_parameter(name, param)
     for name in (n for n in buffers if n not in SKIP_TENSORS):
         tensor = restore_layer_refs(buffers[name], layer)
         layer.register_buffer(name, tensor, persistent=name not in transient)
@@ -137,11 +139,17 @@ def materialize_layer(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
 
 
 class _CopyCounter(TorchDispatchMode):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.numel = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if func is torch.ops.aten.copy_.default:
             self.numel += args[0].numel()
         return func(*args, **(kwargs or {}))

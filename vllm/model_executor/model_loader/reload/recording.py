@@ -167,7 +167,7 @@ class RecordingLoader:
         self._first_load = first_load
         self._version = version
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._first_load.notes.add(args, kwargs, self.weights)
         return self.original(*args, **kwargs)
 
@@ -216,7 +216,13 @@ class _MetaWrites(TorchDispatchMode):
         self.writes = []
         self._owner = owner
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if func.is_view:
             return func(*args, **kwargs) if kwargs else func(*args)
         if wrote(func, args) and args[0].untyped_storage()._cdata == self._storage:

@@ -185,7 +185,7 @@ class StagedLoader:
         self._run = run
         self._placement = placement
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self, args, kwargs)
 
     def load(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -389,7 +389,13 @@ class StagingMode(TorchDispatchMode):
             self._by_memory.pop(tensor.memory.untyped_storage()._cdata, None)
             tensor.memory, tensor.until = None, perf_counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
