@@ -11,7 +11,6 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from vllm.model_executor.model_loader.reload import agreement
 from vllm.model_executor.model_loader.reload.agreement import (
     RankFailedError,
     agree_across_ranks,
@@ -19,7 +18,7 @@ from vllm.model_executor.model_loader.reload.agreement import (
 )
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([agreement.__name__])
+PROCESSES.set_forkserver_preload([agree_across_ranks.__module__])
 
 FINE = "fine"
 BOOM = "ValueError: boom"

@@ -19,12 +19,13 @@ import torch
 
 from vllm.triton_utils import HAS_TRITON
 
+from .bitwise import same_bytes
 from .ledger import Box, Ledger, boxes_of_view
 
 if TYPE_CHECKING:
     from .staging import StagedTensor
 
-__all__ = ["Fingerprint", "fingerprints", "same_bytes"]
+__all__ = ["Fingerprint", "fingerprints"]
 
 # Fractional bits of the golden ratio: multiplication spreads low bits over high ones.
 _SPREAD = -7046029254386353131
@@ -143,16 +144,6 @@ def _launch(tensors: list[tuple[torch.Tensor, int]]) -> dict[int, torch.Tensor]:
 def _rows_written_together(tensor: torch.Tensor, ledger: Ledger) -> int:
     """The largest number of rows of which every box holds a multiple."""
     return gcd(tensor.shape[-2], ledger.step()) if tensor.dim() > 1 else 1
-
-
-def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bitwise equality of two tensors, also of types that torch does not compare."""
-    if a.is_meta or b.is_meta:
-        return a.is_meta and b.is_meta
-    bytes_of_a, bytes_of_b = (
-        t.data.reshape(-1).contiguous().view(torch.uint8) for t in (a, b)
-    )
-    return torch.equal(bytes_of_a, bytes_of_b)
 
 
 def _sums(tensor: torch.Tensor, together: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .fingerprint import same_bytes
+from .bitwise import same_bytes
 from .objects import PLAIN, fields
 
 __all__ = ["Likeness", "same_layout"]

@@ -23,7 +23,7 @@ import torch
 
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from .fingerprint import same_bytes
+from .bitwise import same_bytes
 
 __all__ = ["PristineLayer", "Shadow", "ShadowPart", "copy_if_small"]
 

@@ -18,10 +18,10 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
 from .agreement import agree_across_ranks
+from .bitwise import same_bytes
 from .commit import Commit, Place, place_of
 from .copying import Copies, batch_launcher
 from .errors import Finding, WeightSyncError
-from .fingerprint import same_bytes
 from .first_plan import first_routes
 from .placement import expert_placements
 from .plan import Plan, Route, fingerprint
