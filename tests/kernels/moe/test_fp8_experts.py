@@ -73,7 +73,7 @@ def test_a_bad_scale_of_either_product_is_named(name):
     bad.b_scale[2, 0, 1] = float("nan")
     watch = ScaleWatch(DEVICE)
     run(first, second, watch)
-    torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+    torch.accelerator.synchronize() if DEVICE.type == "cuda" else None
     found = watch.poll()
     assert found is not None and found.address == bad.b_scale.data_ptr()
     assert (found.expert, found.block_n, found.block_k) == (2, 0, 1)

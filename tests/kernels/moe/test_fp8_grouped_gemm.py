@@ -162,7 +162,7 @@ def test_a_bad_scale_is_named_wherever_it_is(scaling, value, slices_n):
         p.b_scale[tuple(index)] = float(value)
         watch = ScaleWatch(DEVICE)
         run(p, tile(16, 64 * slices_n, slices_n=slices_n), watch=watch)
-        torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+        torch.accelerator.synchronize() if DEVICE.type == "cuda" else None
         found = watch.poll()
         assert found is not None
         assert found.address == p.b_scale.data_ptr()
@@ -176,7 +176,7 @@ def test_scales_of_many_programs_are_all_checked(row):
     p.b_scale[1, row] = float("nan")
     watch = ScaleWatch(DEVICE)
     run(p, tile(16), watch=watch)
-    torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+    torch.accelerator.synchronize() if DEVICE.type == "cuda" else None
     found = watch.poll()
     assert found is not None and (found.expert, found.block_n) == (1, row)
 
@@ -188,7 +188,7 @@ def test_a_bad_scale_without_blocks_is_named(scaling):
     p.b_scale[1] = float("nan")
     watch = ScaleWatch(DEVICE)
     run(p, tile(16), watch=watch)
-    torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+    torch.accelerator.synchronize() if DEVICE.type == "cuda" else None
     found = watch.poll()
     assert found is not None and (found.expert, found.block_k) == (1, 0)
 
@@ -209,7 +209,7 @@ def test_good_scales_are_never_reported():
         p.b_scale[0, 0] = torch.tensor([0.0, -0.0])
         p.b_scale[1, 0, 0] = 1e-40
         run(p, tile(16), watch=watch)
-    torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+    torch.accelerator.synchronize() if DEVICE.type == "cuda" else None
     assert watch.poll() is None
 
 
@@ -218,7 +218,7 @@ def test_a_watch_can_be_reset():
     p.b_scale.fill_(float("nan"))
     watch = ScaleWatch(DEVICE)
     run(p, tile(16), watch=watch)
-    torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+    torch.accelerator.synchronize() if DEVICE.type == "cuda" else None
     assert watch.poll() is not None
     watch.reset()
     assert watch.poll() is None
@@ -242,11 +242,11 @@ def test_a_replayed_graph_reports_what_was_planted_later():
     with torch.cuda.graph(graph):
         launch()
     graph.replay()
-    torch.cuda.synchronize()
+    torch.accelerator.synchronize()
     assert watch.poll() is None
     p.b_scale[int(p.experts[0, 0]), 1, 1] = float("nan")
     graph.replay()
-    torch.cuda.synchronize()
+    torch.accelerator.synchronize()
     found = watch.poll()
     assert found is not None and (found.block_n, found.block_k) == (1, 1)
 

@@ -9,12 +9,12 @@ import json
 import math
 import multiprocessing
 import os
-import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import regex as re
 import torch
 
 from tests.checkpoints import CASES, write_checkpoint

@@ -11,10 +11,10 @@ there is nothing to clean up but its own segment.
 
 import mmap
 import os
-import re
 import stat
 from pathlib import Path
 
+import regex as re
 import torch
 
 __all__ = ["PREFIX", "Bucket"]

@@ -3,14 +3,14 @@
 """An engine that refuses all requests says so when its health is asked for."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import wraps
 from typing import Any
 
 __all__ = ["asks_for_weights"]
 
-CheckHealth = Callable[[Any], Awaitable[None]]
+CheckHealth = Callable[[Any], Coroutine[Any, Any, None]]
 
 # Below the second that probes wait by default.
 PATIENCE_SECONDS = 0.5

@@ -12,7 +12,6 @@ are tried.
 import dataclasses
 import os
 import random
-import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from enum import Enum
 from functools import partial
 
 import pytest
+import regex as re
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -228,15 +228,19 @@ def test_a_sync_ends_with_a_line(sync, log):
     [
         (
             {},
-            "Weight sync 7 is complete: 100 tensors, 3.0 MB in 0.50 s (0.25 s "
-            "waiting), 0.01 GB/s, 90 planned, 10 through loaders, at most 1.5 MB "
-            "staged.",
+            (
+                "Weight sync 7 is complete: 100 tensors, 3.0 MB in 0.50 s (0.25 s "
+                "waiting), 0.01 GB/s, 90 planned, 10 through loaders, at most 1.5 MB "
+                "staged."
+            ),
         ),
         (
             dict(result="failed", reason="weight sync is incomplete\n  missing: a"),
-            "Weight sync failed: 100 tensors, 3.0 MB in 0.50 s (0.25 s waiting), "
-            "0.01 GB/s, 90 planned, 10 through loaders, at most 1.5 MB staged. Version "
-            "7 is serving. It failed at weight sync is incomplete",
+            (
+                "Weight sync failed: 100 tensors, 3.0 MB in 0.50 s (0.25 s waiting), "
+                "0.01 GB/s, 90 planned, 10 through loaders, at most 1.5 MB staged. "
+                "Version 7 is serving. It failed at weight sync is incomplete"
+            ),
         ),
     ],
 )

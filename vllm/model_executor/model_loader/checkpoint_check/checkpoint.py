@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
@@ -191,7 +191,7 @@ def _folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(source, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError) as error:
         raise UnreadableCheckpoint(
             f"{source}: neither a folder nor a model in the local Hugging Face cache"

@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Whether a checkpoint has all that its config and its index say it has."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+
+import regex as re
 
 from vllm.model_executor.model_loader.reload.errors import Finding
 

@@ -7,11 +7,11 @@
 Dead is an expert that adds nothing to what its layer puts out. That is no error.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import regex as re
 import torch
 
 from vllm.model_executor.model_loader.reload.scales import is_scale

@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Which scale belongs to which weight, and which of the two is missing."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import regex as re
 
 from vllm.model_executor.model_loader.reload.errors import Finding
 from vllm.model_executor.model_loader.reload.scales import is_scale, weight_of_scale

@@ -2,10 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What the command prints."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+
+import regex as re
 
 from vllm.model_executor.model_loader.reload import WeightSyncError
 from vllm.model_executor.model_loader.reload.errors import Finding

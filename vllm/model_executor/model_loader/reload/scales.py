@@ -11,10 +11,10 @@ have scales below 1e-23 in released checkpoints. A zero is valid only where its 
 weight block is zero. In E8M0, which has an exponent and nothing else, 0xFF is NaN.
 """
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import regex as re
 import torch
 
 from vllm.triton_utils import HAS_TRITON
