@@ -52,12 +52,17 @@ def lay(options: argparse.Namespace) -> None:
 
 def patch(options: argparse.Namespace) -> None:
     """Write the fork as a series of patches for upstream's source."""
+    from overlay.description import describe
     from overlay.patch import write_patches
+    from overlay.series import load_series
     from overlay.source import find_source
 
     version = options.base or CUDA.default_version
     write_patches(find_source(version), version, options.out)
-    print(*sorted(options.out.glob("*.patch")), sep="\n")
+    series = load_series(ROOT / "overlay" / "upstream.toml")
+    description = options.out / "description.md"
+    description.write_text(describe(series, ROOT))
+    print(*sorted(options.out.glob("*.patch")), description, sep="\n")
 
 
 def venv(options: argparse.Namespace) -> None:
