@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Measure both sides, print the table, and fail if the fork got a case wrong."""
+"""Measure both sides, print the table, and fail if the fork got a case wrong.
 
+The checkpoints, the reports on the last syncs and the logs stay in `OUT`.
+"""
+
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +22,17 @@ from demo.faults import FAULTS
 from demo.measurement import Measurement
 from demo.serving import SERVICES
 from demo.side import Side, fork, released
+from overlay.base import ROOT
 
+OUT = ROOT / "build" / "demo"
+LOOK = """
+What was synced is in build/demo/. Is it sound, what does a sync send, what did one do?
+
+    .venv/bin/vllm reload-check build/demo/qwen3_moe-fp8_block-2
+    .venv/bin/vllm reload-check build/demo/qwen3_moe-fp8_block-2 \\
+        --against build/demo/qwen3_moe-fp8_block-1
+    .venv/bin/vllm reload-check --report build/demo/report-layer.json
+"""
 CASES_PER_SERVICE = 2
 TOTAL = 2 * CASES_PER_SERVICE * len(SERVICES) + 3 * len(FAULTS)
 
@@ -27,13 +41,14 @@ def main() -> int:
     """Run the demo and return its exit status."""
     console = Console()
     start = time.monotonic()
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir(parents=True)
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        base = released(folder)
+        base = released(Path(name), OUT)
         comparison = Comparison()
         with _progress(console) as progress:
             task = progress.add_task("", total=TOTAL)
-            for side, measured in _measure(comparison, base, folder):
+            for side, measured in _measure(comparison, base, OUT):
                 progress.console.print(f"{side.title}: {measured.case}", style="dim")
                 progress.update(task, advance=1, description=side.title)
     console.print(comparison.table(base.title, f"this fork, {version('vllm')}"))
@@ -41,6 +56,7 @@ def main() -> int:
     for case in wrong:
         console.print(f"The fork is not right: {case}", style="bold red")
     console.print(f"{time.monotonic() - start:.0f} s")
+    console.print(LOOK, highlight=False)
     return 1 if wrong else 0
 
 

@@ -90,10 +90,9 @@ class Side:
         return self.log.read_text() if self.log.exists() else ""
 
 
-def released(folder: Path) -> Side:
-    """The base as it was released, unpacked into a folder from its wheel."""
+def released(tree: Path, folder: Path) -> Side:
+    """The base as it was released, unpacked into `tree` from its wheel."""
     wheel = find_wheel()
-    tree = folder / "released"
     with ZipFile(wheel.path) as archive:
         archive.extractall(tree)
     title = f"released vLLM {wheel.base.version}"
@@ -102,5 +101,8 @@ def released(folder: Path) -> Side:
 
 def fork(folder: Path, commit: str) -> Side:
     """The fork in this environment, which commits per "layer" or per "model"."""
-    settings = dict(VLLM_RELOAD_COMMIT=commit, PYTHONPATH="")
+    report = folder / f"report-{commit}.json"
+    settings = dict(
+        VLLM_RELOAD_COMMIT=commit, VLLM_RELOAD_REPORT=str(report), PYTHONPATH=""
+    )
     return Side("this fork", folder / f"fork-{commit}.log", settings)

@@ -128,7 +128,7 @@ def run_tests(tree: Path) -> int:
 def git(tree: Path, *arguments: str) -> str:
     """Run git in the tree and return what it printed."""
     run = subprocess.run(
-        ["git", *arguments],
+        ["git", "-c", "gc.auto=0", *arguments],
         cwd=tree,
         env={**os.environ, **SENDER, "GIT_CONFIG_GLOBAL": os.devnull},
         check=True,
