@@ -36,6 +36,9 @@ SYNC = SyncReport(
     bytes=1_000_000,
     seconds=2.0,
     waiting_seconds=0.5,
+    checking_seconds=0.25,
+    committing_seconds=0.5,
+    pause_seconds=0.125,
     peak_staged_bytes=500_000,
     layers=[LAYER],
 )
@@ -160,7 +163,7 @@ def test_report_of_a_sync(run, tmp_path):
 def test_report_of_a_failed_sync(run, tmp_path):
     layer = replace(LAYER, committed_at=None)
     reason = "weight sync is incomplete\n  missing: model.norm weight: never sent"
-    failed = replace(SYNC, result="failed", reason=reason, layers=[layer])
+    failed = replace(SYNC, result="incomplete", reason=reason, layers=[layer])
     publish(failed, tmp_path / "sync.json")
     status, text, _ = run("--report", tmp_path / "sync.json")
     line, missing, _, row, _ = text.splitlines()

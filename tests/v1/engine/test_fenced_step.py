@@ -14,6 +14,8 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.weight_fence import fenced_step
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.metrics.weight_sync import WeightSyncStats
 from vllm.v1.request import RequestStatus
 from vllm.v1.worker import weight_report
 
@@ -28,16 +30,20 @@ class Guard:
 
     def __init__(self, worker):
         self.worker = worker
-        self.met = False
+        self.met = self.reported = False
         self.forgotten = 0
 
     def look(self) -> str | None:
         if not self.met:
             return None
         self.met = False
+        self.reported = True
         version = self.worker.model.status.version
         self.worker.model.status = ReloadStatus("inconsistent", version, REASON, True)
         return REASON
+
+    def take_met(self) -> int:
+        return int(self.reported)
 
     def forget(self) -> None:
         self.forgotten += 1
@@ -101,6 +107,17 @@ def test_each_request_ends_once_with_the_reason_and_without_tokens():
         assert output.finish_reason == FinishReason.ERROR
         assert REASON in output.stop_reason
     assert not core.scheduler.requests
+
+
+def test_metrics_learn_of_a_bad_scale():
+    core = with_requests(make_guarded_core())
+    core.scheduler.make_stats = SchedulerStats
+    core.guard.met = True
+    step(core)
+    refusal = core.weight_fence.undelivered()
+    told = core.weight_fence.undelivered()
+    assert refusal.scheduler_stats is None
+    assert told.scheduler_stats.weight_sync == WeightSyncStats(0, True, 1)
 
 
 def test_a_pooling_request_ends_with_an_empty_output():

@@ -16,6 +16,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.refused_output import WeightsInconsistentError
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import RequestStatus
 from vllm.v1.serial_utils import run_method
 from vllm.v1.worker import weight_report
@@ -105,6 +106,9 @@ class Scheduler:
 
     def get_kv_connector(self):
         return self.connector
+
+    def make_stats(self):
+        return None
 
     def set_pause_state(self, state) -> None:
         self.pause_state = state
@@ -245,6 +249,17 @@ def test_a_request_that_only_frees_resources_passes():
     core.abort_requests = lambda request_ids: None
     core.add_request(make_request("free", abort_immediately=True))
     assert "free" in core.scheduler.requests
+
+
+def test_metrics_learn_of_the_fence_and_of_versions():
+    core = make_core()
+    core.scheduler.make_stats = SchedulerStats
+    told = []
+    for rpc in ("half_a_sync", "half_a_sync", "sync"):
+        core.collective_rpc(rpc)
+        while (outputs := core.weight_fence.undelivered()) is not None:
+            told.append(outputs.scheduler_stats.weight_sync)
+    assert [(each.version, each.fenced) for each in told] == [(0, True), (1, False)]
 
 
 def test_each_client_gets_its_own_refusals():

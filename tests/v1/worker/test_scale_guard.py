@@ -108,6 +108,8 @@ def test_warn_logs_each_place_once_and_counts(watch, monkeypatch):
     assert NAME in first and "(1 such places so far, met in 1 steps)" in first
     assert "expert 2 up" in second and "(2 such places so far, met in 3" in second
     assert reload_status(worker.model).state == "serving"
+    assert forget_bad_scales(worker) == 4
+    assert worker.scale_guard.take_met() == 0
 
 
 @pytest.mark.parametrize("policy", ["off"], indirect=True)

@@ -34,6 +34,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.refused_output import WeightsInconsistentError
 from vllm.v1.engine.weight_refusal import refuse, refuse_finished
 from vllm.v1.engine.weight_state import EngineWeightState
+from vllm.v1.engine.weight_sync_feed import WeightSyncFeed
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.weight_report import results_of, run_and_report, weight_states
 
@@ -88,9 +89,13 @@ class WeightFence:
         core: the engine core.
         outbox: where outputs for a client go: (client index, outputs).
 
+    Attributes:
+        feed: what metrics learn of the weights.
+
     """
 
     def __init__(self, core: Any, outbox: Outbox):
+        self.feed = WeightSyncFeed(core, outbox)
         self._core = core
         self._outbox = outbox
         self._weights = EngineWeightState()
@@ -107,8 +112,11 @@ class WeightFence:
         """
         before, self._weights = self._weights, self._weights.after(states)
         self._move()
-        if self._weights.committed_since(before):
-            self._forget_computed()
+        try:
+            if self._weights.committed_since(before):
+                self._forget_computed()
+        finally:
+            self._tell()
 
     def admits(self, request: Request) -> bool:
         """Whether to serve a request; one that is refused is told so here.
@@ -140,8 +148,16 @@ class WeightFence:
             outputs: the step's outputs, changed in place.
 
         """
-        if self._scale_guard is None or self._scale_guard.look() is None:
+        if self._scale_guard is None:
             return
+        reason = self._scale_guard.look()
+        if met := self._scale_guard.take_met():
+            self.feed.note_bad_scales([met])
+        if reason is not None:
+            self._fail_step(outputs)
+        self._tell()
+
+    def _fail_step(self, outputs: StepOutputs) -> None:
         states = self._core.model_executor.collective_rpc(weight_states)
         self._weights = self._weights.after(states)
         refusal = REFUSAL.format(reason=self._weights.reason)
@@ -193,6 +209,7 @@ class WeightFence:
             self._dropped = False
             self.observe(self._core.model_executor.collective_rpc(weight_states))
         self._move()
+        self._tell()
 
     @cached_property
     def _scale_guard(self) -> "ScaleGuard | None":
@@ -211,6 +228,10 @@ class WeightFence:
             self._take_down()
         elif not self._requests_wait():
             self._put_up(REFUSAL.format(reason=self._weights.reason))
+
+    def _tell(self) -> None:
+        version = min(self._weights.versions, default=0)
+        self.feed.tell(version, self._refusal is not None)
 
     def _requests_wait(self) -> bool:
         """Whether no request is served; while a pause drains, some still are."""
@@ -259,7 +280,8 @@ class WeightFence:
             reset_running_requests=True, reset_connector=has_connector
         )
         self._core.reset_encoder_cache()
-        self._core.model_executor.collective_rpc(forget_bad_scales)
+        met = self._core.model_executor.collective_rpc(forget_bad_scales)
+        self.feed.note_bad_scales(met)
         if not forgotten:
             raise RuntimeError(
                 "New weights are in service, but the prefix cache or that of the KV "
@@ -290,6 +312,7 @@ def fenced_rpc(collective_rpc: CoreMethod) -> CoreMethod:
             if getattr(core.model_executor, "is_failed", False):
                 raise RuntimeError(WORKER_GONE.format(method=method)) from error
             raise
+        core.weight_fence.feed.note_replies(replies)
         core.weight_fence.observe([reply.states for reply in replies])
         return results_of(replies, method)
 

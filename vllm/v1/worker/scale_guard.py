@@ -59,6 +59,7 @@ class ScaleGuard:
         if self._check is not ScaleCheck.OFF:
             self._watch = scale_watch(worker.device)
         self._seen: Counter[tuple[int, int]] = Counter()
+        self._met = 0
 
     @property
     def is_off(self) -> bool:
@@ -79,10 +80,16 @@ class ScaleGuard:
         if not any(map(_has_weights, models)):
             return None  # dummy weights, whose scales are anything
         self._watch.reset()
+        self._met += 1
         if self._check is ScaleCheck.RAISE:
             return _condemn(models, bad)
         self._warn(models, bad)
         return None
+
+    def take_met(self) -> int:
+        """In how many steps bad scales were met, since this was asked last."""
+        met, self._met = self._met, 0
+        return met
 
     def forget(self) -> None:
         """Forget what was met in weights that serve no more."""
@@ -111,11 +118,18 @@ def guard_of(executor: Any) -> ScaleGuard | None:
     return guard
 
 
-def forget_bad_scales(worker: Any) -> None:
-    """An RPC for after a sync: what kernels met is in the weights no more."""
+def forget_bad_scales(worker: Any) -> int:
+    """An RPC for after a sync: what kernels met is in the weights no more.
+
+    Returns:
+        In how many steps they met it, as far as nobody has taken that.
+
+    """
     guard = getattr(worker, "scale_guard", None)
-    if guard is not None:
-        guard.forget()
+    if guard is None:
+        return 0
+    guard.forget()
+    return guard.take_met()
 
 
 def ends_on_bad_scale(

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a worker tells the engine core after an RPC: its result, and its weights' state.
 
-Both travel in one reply, also when the RPC raised. So the engine core knows the state
+Both travel in one reply, also when the RPC raised, and with them the reports of syncs
+that it ended. So the engine core knows the state
 of every worker's weights after every RPC, and reads all the replies to a failed one: an
 exception as a reply would leave those of other workers in their queues, where the next
 RPC would take them for its own.
@@ -16,6 +17,8 @@ from torch import nn
 
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import ReloadStatus, reload_status
+from vllm.model_executor.model_loader.reload.layerwise import take_reports
+from vllm.model_executor.model_loader.reload.sync_report import SyncReport
 from vllm.v1.serial_utils import run_method
 from vllm.v1.worker.rpc_failure import RpcFailedError, RpcFailure
 
@@ -39,18 +42,20 @@ class WorkerReply:
         result: what the RPC returned; None if it raised.
         error: what it raised; between processes, what can be said of it.
         states: the weights' state of this worker's models, the served one first.
+        ended: the syncs that have ended since the reply before.
 
     """
 
     result: Any
     error: Exception | RpcFailure | None
     states: tuple[ReloadStatus, ...]
+    ended: tuple[SyncReport, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         error = self.error
         if isinstance(error, Exception):
             error = RpcFailure.of(error)
-        return type(self), (self.result, error, self.states)
+        return type(self), (self.result, error, self.states, self.ended)
 
 
 def run_and_report(
@@ -70,7 +75,8 @@ def run_and_report(
     except Exception as failure:
         logger.exception("The RPC %s failed on this worker.", method)
         result, error = None, failure
-    return WorkerReply(result, error, weight_states(worker))
+    ended = [report for model in models_of(worker) for report in take_reports(model)]
+    return WorkerReply(result, error, weight_states(worker), tuple(ended))
 
 
 def weight_states(worker: Any) -> tuple[ReloadStatus, ...]:

@@ -162,7 +162,7 @@ def _on_all_ranks(worker: Any, closes: bool) -> Iterator[None]:
             yield
     except BaseException as error:
         if closes:
-            _close(worker, f"{type(error).__name__}: {error}")
+            _close(worker, f"{type(error).__name__}: {error}", error)
         raise
 
 
@@ -174,9 +174,9 @@ def _check_none_open(worker: Any) -> None:
         )
 
 
-def _close(worker: Any, reason: str) -> None:
+def _close(worker: Any, reason: str, error: BaseException | None = None) -> None:
     for model in models_of(worker):
-        abort_layerwise_reload(model, reason)
+        abort_layerwise_reload(model, reason, error)
     if not worker._weight_update_active:
         return
     worker._weight_update_active = False

@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.reload import (
     transaction,
 )
 from vllm.model_executor.model_loader.reload import sync_report as module
+from vllm.model_executor.model_loader.reload.layerwise import take_reports
 from vllm.model_executor.model_loader.reload.sync_report import (
     SyncReport,
     publish,
@@ -48,6 +49,9 @@ EXAMPLE = SyncReport(
     bytes=3_000_000,
     seconds=0.5,
     waiting_seconds=0.25,
+    checking_seconds=0.05,
+    committing_seconds=0.1,
+    pause_seconds=0.125,
     peak_staged_bytes=1_500_000,
 )
 
@@ -148,6 +152,10 @@ def test_times_fit_together(policy, sync, monkeypatch):
     assert all(check > 0 and commit > 0 for _, check, commit in spent)
     assert 0 < report.waiting_seconds < report.seconds - worked
     assert all(0 <= receive < report.seconds for receive, _, _ in spent)
+    assert 0 < report.pause_seconds < report.seconds
+    assert report.committing_seconds == pytest.approx(sum(c for _, _, c in spent))
+    assert sum(report.phase_seconds.values()) == pytest.approx(report.seconds)
+    assert min(report.phase_seconds.values()) > 0
     for row, (receive, _, commit) in zip(report.layers, spent, strict=True):
         assert receive + commit < row.committed_at <= report.seconds
 
@@ -188,7 +196,8 @@ def test_what_callers_of_loaders_bring_counts(sync):
 def test_a_refused_sync_has_a_reason(sync, monkeypatch):
     monkeypatch.setenv("VLLM_RELOAD_COMMIT", "model")
     report = sync.fails([(n, t) for n, t in sync.tensors.items() if n != SCALE])
-    assert (report.result, report.state, report.version) == ("failed", "serving", 0)
+    assert (report.result, report.state) == ("incomplete", "serving")
+    assert (report.version, report.missing, report.invalid) == (0, 1, 0)
     assert "never sent" in report.reason and EXPERTS in report.reason
     assert report.tensors == len(sync.tensors) - 1
     assert all(row.committed_at is None for row in report.layers)
@@ -198,7 +207,8 @@ def test_a_mixture_is_told(sync, monkeypatch):
     monkeypatch.setenv("VLLM_RELOAD_COMMIT", "layer")
     bad = {**sync.tensors, SCALE: torch.full_like(sync.tensors[SCALE], math.nan)}
     report = sync.fails(bad.items())
-    assert (report.result, report.state) == ("failed", "inconsistent")
+    assert (report.result, report.state) == ("invalid", "inconsistent")
+    assert report.missing == 0 < report.invalid
     committed = {row.name for row in report.layers if row.committed_at is not None}
     assert committed and not any(name.startswith(EXPERTS) for name in committed)
     assert sync().result == "complete"
@@ -211,7 +221,7 @@ def test_a_trainer_that_ends_is_told_once(sync, log):
 
     report = sync.fails(ends())
     abort_layerwise_reload(sync.built.model, "cleaning up")
-    assert "the trainer is gone" in report.reason
+    assert report.result == "failed" and "the trainer is gone" in report.reason
     assert report == read_report(sync.file)
     ((level, line),) = log
     assert level == logging.WARNING and "the trainer is gone" in line
@@ -230,16 +240,17 @@ def test_a_sync_ends_with_a_line(sync, log):
             {},
             (
                 "Weight sync 7 is complete: 100 tensors, 3.0 MB in 0.50 s (0.25 s "
-                "waiting), 0.01 GB/s, 90 planned, 10 through loaders, at most 1.5 MB "
-                "staged."
+                "waiting, 0.125 s pause), 0.01 GB/s, 90 planned, 10 through loaders, "
+                "at most 1.5 MB staged."
             ),
         ),
         (
             dict(result="failed", reason="weight sync is incomplete\n  missing: a"),
             (
-                "Weight sync failed: 100 tensors, 3.0 MB in 0.50 s (0.25 s waiting), "
-                "0.01 GB/s, 90 planned, 10 through loaders, at most 1.5 MB staged. "
-                "Version 7 is serving. It failed at weight sync is incomplete"
+                "Weight sync failed: 100 tensors, 3.0 MB in 0.50 s (0.25 s waiting, "
+                "0.125 s pause), 0.01 GB/s, 90 planned, 10 through loaders, at most "
+                "1.5 MB staged. Version 7 is serving. It failed at weight sync is "
+                "incomplete"
             ),
         ),
     ],
@@ -289,6 +300,34 @@ def test_reports_of_later_releases_may_say_more(sync):
     content = json.loads(sync.file.read_text())
     sync.file.write_text(json.dumps({**content, "more": 1}))
     assert read_report(sync.file) == report
+
+
+def test_who_gives_up_aborts(sync):
+    with sync.built.worker_context():
+        initialize_layerwise_reload(sync.built.model)
+        abort_layerwise_reload(sync.built.model, "enough")
+    report = read_report(sync.file)
+    assert (report.result, report.reason) == ("aborted", "enough")
+    assert report.pause_seconds == 0
+
+
+def test_a_tensor_that_no_loader_takes_is_invalid(sync):
+    name = "model.layers.0.self_attn.qkv_proj.nothing"
+    assert sync.fails([(name, torch.ones(1))]).result == "invalid"
+
+
+def test_reports_are_taken_once(sync):
+    reports = [sync(), sync.fails([(SCALE, torch.ones(3))])]
+    reports = [replace(report, layers=()) for report in reports]
+    assert take_reports(sync.built.model) == reports
+    assert take_reports(sync.built.model) == []
+
+
+def test_of_reports_that_nobody_takes_the_last_are_kept(sync):
+    for _ in range(transaction.MAX_KEPT + 1):
+        initialize_layerwise_reload(sync.built.model)
+        abort_layerwise_reload(sync.built.model, "enough")
+    assert len(take_reports(sync.built.model)) == transaction.MAX_KEPT
 
 
 def test_a_failed_report_says_what_was_wrong(sync):

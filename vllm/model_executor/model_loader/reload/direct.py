@@ -133,7 +133,7 @@ class DirectSync:
         self._reload.lost, self._reload.fenced = "", False
         self._reload.unchecked = "layers that the engine filled itself"
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, error: BaseException | None = None) -> None:
         """Let the layers that are open serve their old values, and close."""
         left = list(self._open_layers())
         if left and self.mixture:

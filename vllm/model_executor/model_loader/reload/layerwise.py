@@ -30,6 +30,7 @@ from .processing import is_attention
 from .registry import LAYERWISE_INFO, get_layerwise_info
 from .rollback import Rollback
 from .status import ReloadStatus
+from .sync_report import SyncReport
 from .transaction import CommitPolicy, ModelReload, ReloadTransaction
 from .types import LayerReloadingInfo
 from .utils import get_info_size, get_layer_tensors, has_device_tensors
@@ -50,6 +51,7 @@ __all__ = [
     "planned_routes",
     "record_metadata_for_reloading",
     "reload_status",
+    "take_reports",
 ]
 
 logger = init_logger(__name__)
@@ -119,16 +121,34 @@ def finalize_layerwise_reload(
     finalize_layerwise_processing(model, model_config)
 
 
-def abort_layerwise_reload(model: torch.nn.Module, reason: str) -> None:
-    """Drop the open sync, if there is one."""
+def abort_layerwise_reload(
+    model: torch.nn.Module, reason: str, error: BaseException | None = None
+) -> None:
+    """Drop the open sync, if there is one.
+
+    Args:
+        model: the model.
+        reason: why.
+        error: what was raised, if the sync is dropped because it failed.
+
+    """
     transaction = _model_reload(_unwrapped(model)).transaction
     if transaction is not None:
-        transaction.abort(reason)
+        transaction.abort(reason, error)
 
 
 def reload_status(model: torch.nn.Module) -> ReloadStatus:
     """What can be said of the weights that `model` serves."""
     return _model_reload(_unwrapped(model)).status
+
+
+def take_reports(model: torch.nn.Module) -> list[SyncReport]:
+    """Reports of the syncs that have ended since they were taken last.
+
+    The last hundred are kept, without a row for each layer.
+    """
+    ended = _model_reload(_unwrapped(model)).ended
+    return [ended.popleft() for _ in range(len(ended))]
 
 
 def planned_routes(model: torch.nn.Module) -> dict[str, Route]:

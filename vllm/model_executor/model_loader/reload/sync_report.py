@@ -22,9 +22,11 @@ import torch.distributed as dist
 
 from vllm.logger import init_logger
 
+from .errors import WeightSyncError
 from .staging import StagedLayer, StagedTensor
 
 __all__ = [
+    "Ending",
     "LayerReport",
     "LayersOfTensors",
     "SyncReport",
@@ -47,6 +49,11 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Seconds spent on all layers."""
+        return sum(self.seconds.values())
 
     @contextmanager
     def on(self, *layers: StagedLayer) -> Iterator[None]:
@@ -72,6 +79,7 @@ class SyncTimes:
         waiting: seconds between the calls of whoever sends the weights.
         written: when each tensor was written last.
         committed: when each layer began to serve.
+        paused: since when no request can run; None while they can.
 
     """
 
@@ -82,12 +90,23 @@ class SyncTimes:
         self.waiting = 0.0
         self.written: dict[StagedTensor, float] = {}
         self.committed: dict[str, float] = {}
+        self.paused: float | None = None
         self._left: float | None = None
 
     @property
     def seconds(self) -> float:
         """How long ago the sync began."""
         return perf_counter() - self.started
+
+    @property
+    def pause_seconds(self) -> float:
+        """For how long no request could run until now."""
+        return 0.0 if self.paused is None else perf_counter() - self.paused
+
+    def pause(self) -> None:
+        """From now to the end of the sync no request can run."""
+        if self.paused is None:
+            self.paused = perf_counter()
 
     def leave(self) -> None:
         """From now on the sync waits for a call."""
@@ -118,6 +137,32 @@ class SyncTimes:
         since = [tensor.since for tensor in own if tensor.since is not None]
         ends = [self.written[tensor] for tensor in own]
         return max(ends) - min(since) if since else 0.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a sync ended. What was raised is not kept: it holds on to tensors.
+
+    Attributes:
+        result: see `SyncReport`.
+        missing: how many parts of parameters it owed and did not bring.
+        invalid: how many it brought that must not be served.
+
+    """
+
+    result: str = "complete"
+    missing: int = 0
+    invalid: int = 0
+
+    @classmethod
+    def of(cls, error: BaseException | None) -> Ending:
+        """The end of a sync that is not complete; None was raised if it was aborted."""
+        if error is None:
+            return cls("aborted")
+        if not isinstance(error, WeightSyncError):
+            return cls("failed")
+        result = "incomplete" if error.missing else "invalid"
+        return cls(result, len(error.missing), len(error.invalid))
 
 
 @dataclass(frozen=True)
@@ -154,8 +199,9 @@ class SyncReport:
     Attributes:
         model: class of the model.
         rank: this rank among all.
-        result: "complete" or "failed".
-        reason: why it failed.
+        result: "complete"; "incomplete" or "invalid" where what was sent is to blame;
+            "aborted" by whoever sent it, or "failed" for another reason.
+        reason: why it is not complete.
         state: what serves now, as in `ReloadStatus`.
         version: complete syncs so far.
         commit: when layers start to serve, "layer" or "model".
@@ -164,7 +210,13 @@ class SyncReport:
         bytes: what was written on this rank, in checkpoint format.
         seconds: from the start of the sync to its end.
         waiting_seconds: those of them between the calls of whoever sends the weights.
+        checking_seconds: for the sums of what was staged, and its scales.
+        committing_seconds: for processing layers and putting them into service.
+        pause_seconds: from when no request can run to the end: from the call that
+            finishes the sync, or the first committed layer if that is earlier.
         peak_staged_bytes: the most memory that was staged at a time.
+        missing: how many parts of parameters it owed and did not bring.
+        invalid: how many it brought that must not be served.
         layers: the layers that the sync brought anything for, in the model's order.
 
     """
@@ -181,7 +233,12 @@ class SyncReport:
     bytes: int
     seconds: float
     waiting_seconds: float
+    checking_seconds: float
+    committing_seconds: float
+    pause_seconds: float
     peak_staged_bytes: int
+    missing: int = 0
+    invalid: int = 0
     layers: Sequence[LayerReport] = field(default=())
 
     @property
@@ -195,12 +252,23 @@ class SyncReport:
         return self.planned + self.through_loaders
 
     @property
+    def phase_seconds(self) -> dict[str, float]:
+        """What the time was spent on: its parts add up to all of it."""
+        apart = {
+            "wait": self.waiting_seconds,
+            "check": self.checking_seconds,
+            "commit": self.committing_seconds,
+        }
+        return {"receive": self.seconds - sum(apart.values()), **apart}
+
+    @property
     def summary(self) -> str:
         """One line on all of it."""
         end = f"{self.version} is complete" if self.is_complete else "failed"
         line = (
             f"Weight sync {end}: {self.tensors} tensors, {self.bytes / 1e6:.1f} MB in "
-            f"{self.seconds:.2f} s ({self.waiting_seconds:.2f} s waiting), "
+            f"{self.seconds:.2f} s ({self.waiting_seconds:.2f} s waiting, "
+            f"{self.pause_seconds:.3f} s pause), "
             f"{self.bytes / self.seconds / 1e9:.2f} GB/s, {self.planned} planned, "
             f"{self.through_loaders} through loaders, at most "
             f"{self.peak_staged_bytes / 1e6:.1f} MB staged."

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode, close
 from .staging_area import stage_model
 from .status import ReloadStatus
 from .sync_report import (
+    Ending,
     SyncReport,
     SyncTimes,
     peak_staged_bytes,
@@ -54,6 +56,9 @@ from .sync_report import (
 __all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction", "Sync"]
 
 logger = init_logger(__name__)
+
+# Reports that nobody takes must not add up.
+MAX_KEPT = 100
 
 
 class CommitPolicy(Enum):
@@ -93,7 +98,7 @@ class Sync(Protocol):
     def finish(self, model_config: ModelConfig | None) -> None:
         """Let the new weights serve."""
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, error: BaseException | None = None) -> None:
         """Let the old weights serve."""
 
 
@@ -109,6 +114,8 @@ class ModelReload:
         transaction: the open sync, or the one that failed and was not closed.
         plan: where earlier syncs brought what they were given.
         unchecked: by which road weights came past the checks since a sync of all.
+        ended: reports of the syncs that ended last, without their layers, for whoever
+            takes them.
 
     """
 
@@ -119,6 +126,7 @@ class ModelReload:
     transaction: Sync | None = None
     plan: Plan = field(default_factory=Plan)
     unchecked: str = ""
+    ended: deque[SyncReport] = field(default_factory=lambda: deque(maxlen=MAX_KEPT))
 
     @property
     def status(self) -> ReloadStatus:
@@ -203,6 +211,7 @@ class ReloadTransaction:
         self._loading = False
         self._model_processed = False
         self._failure: str | None = None
+        self._ending = Ending()
 
     @property
     def is_open(self) -> bool:
@@ -261,10 +270,13 @@ class ReloadTransaction:
                 result = self._load_weights(iter(source), *args, **kwargs)
                 self.commit_ready_layers()
         except BaseException as error:
-            self.fail(f"loading {source.name or 'weights'}: {error!r}")
+            reason = f"loading {source.name or 'weights'}: {error!r}"
             refused = isinstance(error, Exception) and error is not source.error
             if refused and not isinstance(error, WeightSyncError | MemoryError):
-                raise source.explain(error) from error
+                refusal = source.explain(error)
+                self.fail(reason, refusal)
+                raise refusal from error
+            self.fail(reason, error)
             raise
         finally:
             self._recorder.end()
@@ -281,6 +293,7 @@ class ReloadTransaction:
 
         """
         with self._times.call():
+            self._times.pause()
             try:
                 with agree_across_ranks():
                     self._check_open()
@@ -290,18 +303,23 @@ class ReloadTransaction:
                     self._apply(layer, commit)
                 self._process_model()
             except BaseException as error:
-                self.abort(str(error) or repr(error))
+                self.abort(str(error) or repr(error), error)
                 raise
             self._succeed()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, error: BaseException | None = None) -> None:
         """Drop what is staged, and refuse what is loaded until the sync is closed.
 
         Layers that were committed are rolled back, or else the model is fenced.
+
+        Args:
+            reason: why.
+            error: what was raised, if anything was.
+
         """
         if self._failure is not None:
             return
-        self._failure = reason
+        self._failure, self._ending = reason, Ending.of(error)
         mixture = self.mixture
         lost, fenced = self._reload.lost, self._reload.fenced
         if mixture:
@@ -317,9 +335,9 @@ class ReloadTransaction:
             logger.warning("A weight sync failed when %s: rolled back.", mixture)
         self._report()
 
-    def abort(self, reason: str) -> None:
-        """Drop what is staged, and close."""
-        self.fail(reason)
+    def abort(self, reason: str, error: BaseException | None = None) -> None:
+        """Drop what is staged, and close; see `fail`."""
+        self.fail(reason, error)
         self._end()
 
     def _succeed(self) -> None:
@@ -343,6 +361,7 @@ class ReloadTransaction:
         # Or each look at a staged tensor costs more than counting what it holds.
         with torch._C.DisableTorchFunction():
             report = self._summarize()
+            self._reload.ended.append(report)
             log = logger.info if self._failure is None else logger.warning
             log("%s", report.summary)
             if envs.VLLM_RELOAD_REPORT:
@@ -354,7 +373,7 @@ class ReloadTransaction:
         return SyncReport(
             model=type(self._model).__name__,
             rank=dist.get_rank() if dist.is_initialized() else 0,
-            result="complete" if self._failure is None else "failed",
+            result=self._ending.result,
             reason=self._failure or "",
             state=self._reload.status.state,
             version=self._reload.version,
@@ -364,7 +383,12 @@ class ReloadTransaction:
             bytes=staged_bytes(self._layers_of),
             seconds=self._times.seconds,
             waiting_seconds=self._times.waiting,
+            checking_seconds=self._times.checking.total,
+            committing_seconds=self._times.committing.total,
+            pause_seconds=self._times.pause_seconds,
             peak_staged_bytes=peak_staged_bytes(self._layers_of),
+            missing=self._ending.missing,
+            invalid=self._ending.invalid,
         )
 
     def _restored(self, rollback: Rollback) -> bool:
@@ -439,7 +463,8 @@ class ReloadTransaction:
             with self._times.call(), self._staging():
                 return self._run_loader(loader, args, kwargs)
         except BaseException as error:
-            self.fail(f"loading {loader.tensor.layer}.{loader.tensor.name}: {error!r}")
+            place = f"{loader.tensor.layer}.{loader.tensor.name}"
+            self.fail(f"loading {place}: {error!r}", error)
             raise
 
     def commit_ready_layers(self) -> None:
@@ -573,6 +598,7 @@ class ReloadTransaction:
     def _apply(self, layer: StagedLayer, commit: Commit) -> None:
         if self._rollback is not None:
             self._rollback.keep(commit)
+        self._times.pause()
         layer.committed = True  # from the first copy on
         with self._times.committing.on(layer), torch._C.DisableTorchFunction():
             commit.apply()
