@@ -41,8 +41,16 @@ class Trainer:
         self._bucket = SharedMemory(self.segment, create=True, size=bucket_bytes)
         self.post("init_weight_transfer_engine", init_info={"segment": self.segment})
 
-    def sync(self, tensors: Iterable[Named]) -> None:
-        """Push a checkpoint; it serves when this returns."""
+    def sync(self, tensors: Iterable[Named], version: str | None = None) -> Any:
+        """Push a checkpoint; it serves when this returns.
+
+        Args:
+            tensors: All of it, by name.
+            version: What to call the weights, from vLLM 0.32 on.
+
+        Returns:
+            What the server says of the sync, such as `pause_seconds`.
+        """
         self.post("start_weight_update")
         try:
             for chunk in self._chunks(tensors):
@@ -50,15 +58,21 @@ class Trainer:
         except Exception:
             self.post("abort_weight_update")
             raise
-        self.post("finish_weight_update")
+        name = {"weight_version": version} if version else {}
+        return self.post("finish_weight_update", **name)["sync"]
 
-    def post(self, route: str, **body: Any) -> None:
-        """Ask the server; a `requests.HTTPError` holds what it finds wrong."""
+    def post(self, route: str, **body: Any) -> Any:
+        """Ask the server, and return its answer.
+
+        Raises:
+            requests.HTTPError: It refuses; the error holds what it finds wrong.
+        """
         answer = requests.post(
             f"{self._url}/{route}", json=body, headers=self._headers, timeout=600
         )
         if not answer.ok:
             raise requests.HTTPError(answer.text, response=answer)
+        return answer.json()
 
     def close(self) -> None:
         """Free the bucket."""

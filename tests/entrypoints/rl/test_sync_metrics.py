@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What a running server tells of weight syncs: series, and what they count."""
+"""What a running server tells of weight syncs: series, pauses and who answered."""
 
+import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
+from threading import Event
 
 import pytest
 import requests
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from examples.rl.shm_trainer import Trainer
 from tests.checkpoints import CASES, write_checkpoint
@@ -20,12 +26,24 @@ A, B = 1, 2
 OPTIONS = [
     *("--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"),
     *("--weight-transfer-config", '{"backend": "shm"}'),
+    "--trust-request-chat-template",
 ]
 # Less than a checkpoint, so that a sync takes several chunks.
 BUCKET_BYTES = 1 << 20
 SCALE = "model.layers.0.mlp.experts.0.down_proj.weight_scale_inv"
+REQUEST = {
+    "model": "tiny",
+    "prompt": [3, 1, 4, 1, 5],
+    "max_tokens": 12,
+    "temperature": 0,
+    "ignore_eos": True,
+    "return_token_ids": True,
+}
+LONG_REQUEST = {**REQUEST, "max_tokens": 200}
 # Statistics follow an answer, on another way.
 PATIENCE_SECONDS = 10
+
+DASHBOARD = Path("examples/observability/dashboards/grafana/weight_sync.json")
 
 Samples = dict[tuple[str, ...], float]
 
@@ -47,18 +65,22 @@ def trainer(server) -> Iterator[Trainer]:
         yield trainer
 
 
+def samples_of(server: Server) -> list[Sample]:
+    text = requests.get(f"{server.url}/metrics", timeout=60).text
+    families = text_string_to_metric_families(text)
+    return [sample for family in families for sample in family.samples]
+
+
 def series(server: Server) -> Samples:
     """Values by the name of the series, after vLLM's prefix, and its own label."""
-    text = requests.get(f"{server.url}/metrics", timeout=60).text
     found = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            labels = dict(sample.labels)
-            name = sample.name.removeprefix("vllm:weight_sync_")
-            if name != sample.name and not name.endswith("_created"):
-                assert labels.pop("model_name") == "tiny"
-                assert labels.pop("engine") == "0"
-                found[(name, *labels.values())] = sample.value
+    for sample in samples_of(server):
+        labels = dict(sample.labels)
+        name = sample.name.removeprefix("vllm:weight_sync_")
+        if name != sample.name and not name.endswith("_created"):
+            assert labels.pop("model_name") == "tiny"
+            assert labels.pop("engine") == "0"
+            found[(name, *labels.values())] = sample.value
     return found
 
 
@@ -143,3 +165,152 @@ def test_an_aborted_sync(server, trainer):
     trainer.post("start_weight_update")
     trainer.post("abort_weight_update")
     assert ended(server, "aborted", before) == {("results_total", "aborted"): 1}
+
+
+def queries(dashboard: dict) -> Iterator[str]:
+    for variable in dashboard["templating"]["list"]:
+        yield variable.get("definition", "")
+    for panel in dashboard["panels"]:
+        yield from (target["expr"] for target in panel["targets"])
+
+
+def test_the_dashboard_shows_what_the_server_has(server, trainer):
+    trainer.sync(CASE.tensors(A))
+    labels = {sample.name: set(sample.labels) for sample in samples_of(server)}
+    dashboard = json.loads((Path(__file__).parents[3] / DASHBOARD).read_text())
+    shown = set()
+    for query in queries(dashboard):
+        names = re.findall(r"vllm:\w+", query)
+        for grouped in re.findall(r"by \(([\w, ]+)\)", query):
+            assert all(set(grouped.split(", ")) <= labels[name] for name in names)
+        shown.update(names)
+    assert shown <= set(labels)
+    kinds = {re.sub("_(bucket|sum|count)$", "", name) for name in shown}
+    own = {f"vllm:weight_sync_{name}" for name, *_ in series(server)}
+    assert {re.sub("_(bucket|sum|count)$", "", name) for name in own} <= kinds
+
+
+def ask(server: Server, body: dict = REQUEST) -> dict:
+    """Return the choice of a completion."""
+    response = server.post("v1/completions", body)
+    assert response.status_code == 200, response.text
+    (choice,) = response.json()["choices"]
+    return choice
+
+
+def spans_of(choice: dict) -> list[tuple[str, list[int]]]:
+    """Names of weights, and the tokens that they produced."""
+    spans = choice["weight_versions"]
+    assert spans[0]["start"] == 0
+    assert [s["start"] for s in spans[1:]] == [s["end"] for s in spans[:-1]]
+    assert spans[-1]["end"] == len(choice["token_ids"])
+    tokens = choice["token_ids"]
+    return [(s["version"], tokens[s["start"] : s["end"]]) for s in spans]
+
+
+def test_a_trainer_learns_of_the_pause(server, trainer):
+    before = series(server)
+    sync = trainer.sync(CASE.tensors(B))
+    assert sync["result"] == "complete"
+    assert sync["tensors"] == len(list(CASE.tensors(B)))
+    changes = ended(server, "complete", before)
+    assert changes["pause_seconds_sum",] == pytest.approx(sync["pause_seconds"])
+    assert f"{sync['pause_seconds']:.3f} s pause" in server.log.read_text()
+    assert 0 < sync["pause_seconds"] < sync["seconds"]
+
+
+def test_weights_have_the_name_that_the_trainer_gives(server, trainer):
+    sync = trainer.sync(CASE.tensors(B))
+    ((name, _),) = spans_of(ask(server))
+    assert name == str(sync["version"])
+    trainer.sync(CASE.tensors(B), "step-7")
+    ((name, tokens),) = spans_of(ask(server))
+    assert (name, len(tokens)) == ("step-7", REQUEST["max_tokens"])
+    chat = {
+        "messages": [{"role": "user", "content": "1 2 3"}],
+        "chat_template": "{{ messages[0].content }}",
+    }
+    response = server.post("v1/chat/completions", {**REQUEST, **chat})
+    assert response.status_code == 200, response.text
+    (choice,) = response.json()["choices"]
+    assert [name for name, _ in spans_of(choice)] == ["step-7"]
+
+
+def test_a_sync_that_fails_names_nothing(server, trainer):
+    trainer.sync(CASE.tensors(B), "b")
+    tensors = [item for item in CASE.tensors(A) if item[0] != SCALE]
+    with pytest.raises(requests.HTTPError, match="never sent"):
+        trainer.sync(tensors, "never")
+    assert [name for name, _ in spans_of(ask(server))] == ["b"]
+    assert trainer.sync(CASE.tensors(B))["version"] > 0
+    assert [name for name, _ in spans_of(ask(server))] != ["never"]
+
+
+def test_without_token_ids_nothing_is_added(server):
+    assert "weight_versions" not in ask(server, {**REQUEST, "return_token_ids": False})
+
+
+def test_old_weights_answer_until_the_commit_and_no_request_is_lost(server, trainer):
+    fresh = {}
+    for name, seed in (("b", B), ("a", A)):
+        trainer.sync(CASE.tensors(seed), name)
+        fresh[name] = ask(server)["token_ids"]
+    assert fresh["a"] != fresh["b"]
+    with ThreadPoolExecutor() as pool:
+        stop = Event()
+        asking = [pool.submit(ask_until, stop, server) for _ in range(3)]
+        long = pool.submit(ask, server, LONG_REQUEST)
+        during = []
+        trainer.sync(watched(CASE.tensors(B), during, server), "b")
+        ask(server)
+        stop.set()
+        answers = [answer for each in asking for answer in each.result()]
+    assert all(answer == [("a", fresh["a"])] for answer in during)
+    for answer in answers:
+        if len(answer) == 1:
+            ((name, tokens),) = answer
+            assert tokens == fresh[name]
+        else:
+            (old, first), (new, _) = answer
+            assert (old, new) == ("a", "b")
+            assert first == fresh["a"][: len(first)]
+    assert {name for answer in answers for name, _ in answer} == {"a", "b"}
+    assert sum(len(tokens) for _, tokens in spans_of(long.result())) == 200
+
+
+def ask_until(stop: Event, server: Server) -> list[list[tuple[str, list[int]]]]:
+    answers = []
+    while not stop.is_set():
+        answers.append(spans_of(ask(server)))
+    return answers
+
+
+def watched(tensors: Iterable, answers: list, server: Server) -> Iterator:
+    """Ask while the tensors are sent, after each hundred."""
+    for count, item in enumerate(tensors):
+        if count % 100 == 0:
+            answers.append(spans_of(ask(server)))
+        yield item
+
+
+def generated(server: Server) -> float:
+    """How many tokens the server has generated."""
+    name = "vllm:generation_tokens_total"
+    return sum(s.value for s in samples_of(server) if s.name == name)
+
+
+def test_a_paused_request_names_both(server, trainer):
+    trainer.sync(CASE.tensors(A), "a")
+    ((_, old),) = spans_of(ask(server, LONG_REQUEST))
+    before = generated(server)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(ask, server, LONG_REQUEST)
+        while generated(server) == before:
+            time.sleep(0.01)
+        assert server.post("pause?mode=keep", {}).status_code == 200
+        trainer.sync(CASE.tensors(B), "b")
+        assert server.post("resume", {}).status_code == 200
+        (a, first), (b, rest) = spans_of(answer.result())
+    assert (a, b) == ("a", "b")
+    assert first == old[: len(first)]
+    assert len(first) + len(rest) == LONG_REQUEST["max_tokens"]

@@ -262,6 +262,25 @@ def test_metrics_learn_of_the_fence_and_of_versions():
     assert [(each.version, each.fenced) for each in told] == [(0, True), (1, False)]
 
 
+def test_new_weights_have_a_name():
+    core = make_core()
+    core.name_next_weights("step-1")
+    core.collective_rpc("sync")
+    assert core.get_weight_version() == "step-1"
+    core.collective_rpc("sync")
+    assert core.get_weight_version() == "2"
+
+
+def test_a_name_is_for_what_the_next_rpc_commits():
+    core = make_core()
+    core.set_weight_version("old")
+    core.name_next_weights("never")
+    break_weights(core)
+    assert core.get_weight_version() == "old"
+    core.collective_rpc("sync")
+    assert core.get_weight_version() == "1"
+
+
 def test_each_client_gets_its_own_refusals():
     core = make_core(kind=EngineCoreProc)
     core.output_queue = queue.Queue()

@@ -3,7 +3,7 @@
 """What an engine core tells of its weights, and when."""
 
 import queue
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import msgspec
@@ -96,7 +96,14 @@ def test_without_metrics_nothing_is_told_and_nothing_kept():
     feed.tell(1, False)
     assert feed.told() == []
     feed.tell(1, False)
-    assert feed.last is not None
+
+
+def test_an_rpc_that_ends_no_sync_has_none():
+    feed = Feed()
+    feed.note_replies([reply(EXAMPLE)])
+    assert feed.last_as_dict() == asdict(EndedSync.of([EXAMPLE]))
+    feed.note_replies([reply()])
+    assert feed.last_as_dict() is None
 
 
 def test_it_travels_as_it_is():

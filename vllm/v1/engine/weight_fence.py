@@ -100,6 +100,7 @@ class WeightFence:
         self._outbox = outbox
         self._weights = EngineWeightState()
         self._refusal: str | None = None
+        self._next_name: str | None = None
         self._dropped = False
 
     def observe(self, states: Sequence[tuple[ReloadStatus, ...]]) -> None:
@@ -111,12 +112,21 @@ class WeightFence:
 
         """
         before, self._weights = self._weights, self._weights.after(states)
+        name, self._next_name = self._next_name, None
         self._move()
         try:
             if self._weights.committed_since(before):
+                self._core.set_weight_version(name or str(self._version))
                 self._forget_computed()
         finally:
             self._tell()
+
+    def name_next(self, name: str) -> None:
+        """Give a name to the weights that the next RPC commits.
+
+        Weights that nobody names are called by the number of complete syncs.
+        """
+        self._next_name = name
 
     def admits(self, request: Request) -> bool:
         """Whether to serve a request; one that is refused is told so here.
@@ -211,6 +221,10 @@ class WeightFence:
         self._move()
         self._tell()
 
+    @property
+    def _version(self) -> int:
+        return min(self._weights.versions, default=0)
+
     @cached_property
     def _scale_guard(self) -> "ScaleGuard | None":
         # Clients import this module, and run no kernels.
@@ -230,8 +244,7 @@ class WeightFence:
             self._put_up(REFUSAL.format(reason=self._weights.reason))
 
     def _tell(self) -> None:
-        version = min(self._weights.versions, default=0)
-        self.feed.tell(version, self._refusal is not None)
+        self.feed.tell(self._version, self._refusal is not None)
 
     def _requests_wait(self) -> bool:
         """Whether no request is served; while a pause drains, some still are."""

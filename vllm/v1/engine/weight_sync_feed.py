@@ -8,6 +8,7 @@ steps, and the next one may be far off, so it is told by an output without reque
 
 import queue
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
 
@@ -29,7 +30,7 @@ class WeightSyncFeed:
         outbox: where outputs for a client go: (client index, outputs).
 
     Attributes:
-        last: the sync that has ended last, if any has.
+        last: the sync that the last RPC ended, if it did.
 
     """
 
@@ -43,8 +44,13 @@ class WeightSyncFeed:
         self._bad_scales = 0
         self._told = (0, False)
 
+    def last_as_dict(self) -> dict[str, Any] | None:
+        """The sync that the last RPC ended, for other processes."""
+        return None if self.last is None else asdict(self.last)
+
     def note_replies(self, replies: Sequence[WorkerReply]) -> None:
         """Take in which syncs an RPC ended; of all ranks, in order."""
+        self.last = None
         for reports in zip_longest(*(reply.ended for reply in replies)):
             self.last = EndedSync.of([report for report in reports if report])
             self._ended.append(self.last)
