@@ -21,6 +21,8 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     # File to which the report of each sync is written, in place of the one before;
     # none by default. With several ranks, one file each.
     "VLLM_RELOAD_REPORT": lambda: os.getenv("VLLM_RELOAD_REPORT", ""),
+    # Whether syncs take checksums of the tensors that they are sent.
+    "VLLM_RELOAD_CHECKSUMS": lambda: os.getenv("VLLM_RELOAD_CHECKSUMS", "0") == "1",
     # What to do about a bad weight scale: "raise", "warn" or "off".
     "VLLM_MOE_SCALE_CHECK": lambda: os.getenv("VLLM_MOE_SCALE_CHECK", "raise"),
 }

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from examples.rl.shm_trainer import Trainer
+from examples.rl.weight_checksums import differing
 from tests.checkpoints import CASES, write_checkpoint
 from tests.harness.server import KEY, Server, starting
 
@@ -53,7 +54,11 @@ def server(tmp_path_factory) -> Iterator[Server]:
     """One that serves A until a sync is whole."""
     folder = tmp_path_factory.mktemp("server")
     model = write_checkpoint(CASE, A, folder / "model", tokenizer=True)
-    environment = {"VLLM_RELOAD_COMMIT": "model", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {
+        "VLLM_RELOAD_COMMIT": "model",
+        "VLLM_RELOAD_CHECKSUMS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
     with starting(model, folder / "log", OPTIONS, environment) as server:
         server.wait()
         yield server
@@ -314,3 +319,12 @@ def test_a_paused_request_names_both(server, trainer):
     assert (a, b) == ("a", "b")
     assert first == old[: len(first)]
     assert len(first) + len(rest) == LONG_REQUEST["max_tokens"]
+
+
+def test_a_trainer_compares_what_serves_with_what_it_has(server, trainer):
+    trainer.sync(CASE.tensors(B))
+    assert differing(server.url, CASE.tensors(B), KEY) == []
+    tensors = dict(CASE.tensors(B))
+    tensors[SCALE] = tensors[SCALE] * 2
+    assert differing(server.url, tensors.items(), KEY) == [SCALE]
+    assert requests.get(f"{server.url}/weight_checksums", timeout=60).status_code == 401

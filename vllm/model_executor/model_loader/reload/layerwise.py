@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 import torch
 
+import vllm.envs as envs
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
@@ -51,6 +52,7 @@ __all__ = [
     "planned_routes",
     "record_metadata_for_reloading",
     "reload_status",
+    "sent_checksums",
     "take_reports",
 ]
 
@@ -140,6 +142,26 @@ def abort_layerwise_reload(
 def reload_status(model: torch.nn.Module) -> ReloadStatus:
     """What can be said of the weights that `model` serves."""
     return _model_reload(_unwrapped(model)).status
+
+
+def sent_checksums(model: torch.nn.Module) -> dict[str, str]:
+    """Checksums of the tensors that `model` serves, as syncs were sent them.
+
+    Returns:
+        By checkpoint name, as `checksums` has them; nothing for what only a first load
+        brought.
+
+    Raises:
+        ValueError: VLLM_RELOAD_CHECKSUMS does not ask for them.
+        WeightSyncError: the model serves no whole weights.
+
+    """
+    if not envs.VLLM_RELOAD_CHECKSUMS:
+        raise ValueError("set VLLM_RELOAD_CHECKSUMS=1 before a sync to get checksums")
+    reload = _model_reload(_unwrapped(model))
+    if reload.lost:
+        raise WeightSyncError(f"the weights are inconsistent: {reload.lost}")
+    return reload.checksums
 
 
 def take_reports(model: torch.nn.Module) -> list[SyncReport]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -42,18 +42,24 @@ logger = init_logger(__name__)
 
 # How many tensors went to each layer; None for those that went to none.
 LayersOfTensors = Counter[str | None]
+# When something was done: from, to.
+Span = tuple[float, float]
 
 
 class Stopwatch:
-    """Seconds spent on each layer, by its name."""
+    """From when to when something was done to each layer."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.spans: dict[str, list[Span]] = {}
 
     @property
     def total(self) -> float:
         """Seconds spent on all layers."""
-        return sum(self.seconds.values())
+        return sum(self.seconds(layer) for layer in self.spans)
+
+    def seconds(self, layer: str) -> float:
+        """Seconds spent on one."""
+        return sum(end - start for start, end in self.spans.get(layer, ()))
 
     @contextmanager
     def on(self, *layers: StagedLayer) -> Iterator[None]:
@@ -62,11 +68,12 @@ class Stopwatch:
         try:
             yield
         finally:
-            spent = perf_counter() - start
-            sizes = {layer.name: max(layer.nbytes, 1) for layer in layers}
-            for name, size in sizes.items():
-                share = spent * size / sum(sizes.values())
-                self.seconds[name] = self.seconds.get(name, 0.0) + share
+            end = perf_counter()
+            total = sum(max(layer.nbytes, 1) for layer in layers)
+            for layer in layers:
+                stop = start + (end - start) * max(layer.nbytes, 1) / total
+                self.spans.setdefault(layer.name, []).append((start, stop))
+                start, total = stop, total - max(layer.nbytes, 1)
 
 
 class SyncTimes:
@@ -131,12 +138,16 @@ class SyncTimes:
         """Note that a layer serves from now on."""
         self.committed[layer] = perf_counter()
 
-    def receiving(self, layer: StagedLayer) -> float:
-        """Seconds from the first write to the layer to the last, pauses included."""
+    def receiving(self, layer: StagedLayer) -> list[Span]:
+        """From the first write to the layer to the last, pauses included, if any."""
         own = [tensor for tensor in layer.owner_of if tensor in self.written]
         since = [tensor.since for tensor in own if tensor.since is not None]
         ends = [self.written[tensor] for tensor in own]
-        return max(ends) - min(since) if since else 0.0
+        return [(min(since), max(ends))] if since else []
+
+    def since_start(self, spans: Iterable[Span]) -> list[list[float]]:
+        """Spans as a report has them."""
+        return [[a - self.started, b - self.started] for a, b in spans]
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,9 @@ class LayerReport:
         committing_seconds: for processing it and putting it into service.
         committed_at: when it began to serve, in seconds from the start of the sync;
             None if it did not.
+        received: from when to when it was written, in the same way, if it was.
+        checked: from when to when it was checked, each time.
+        processed: from when to when it was processed and put into service, each time.
 
     """
 
@@ -190,6 +204,9 @@ class LayerReport:
     checking_seconds: float
     committing_seconds: float
     committed_at: float | None
+    received: Sequence[Sequence[float]] = field(default_factory=list)
+    checked: Sequence[Sequence[float]] = field(default_factory=list)
+    processed: Sequence[Sequence[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -218,6 +235,8 @@ class SyncReport:
         missing: how many parts of parameters it owed and did not bring.
         invalid: how many it brought that must not be served.
         layers: the layers that the sync brought anything for, in the model's order.
+        checksums: of the tensors that serve, as they were sent, by checkpoint name, if
+            VLLM_RELOAD_CHECKSUMS asks for them; see `checksums`.
 
     """
 
@@ -240,6 +259,7 @@ class SyncReport:
     missing: int = 0
     invalid: int = 0
     layers: Sequence[LayerReport] = field(default=())
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
@@ -319,15 +339,19 @@ def report_layers(
         name, committed = layer.name, times.committed.get(layer.name)
         if not (layer.received or committed or planned[name] or loaded[name]):
             continue
+        received = times.receiving(layer)
         row = LayerReport(
             name=name,
             planned=planned[name],
             through_loaders=loaded[name],
             bytes=staged_bytes(layer.owner_of),
-            receiving_seconds=times.receiving(layer),
-            checking_seconds=times.checking.seconds.get(name, 0.0),
-            committing_seconds=times.committing.seconds.get(name, 0.0),
+            receiving_seconds=sum(end - start for start, end in received),
+            checking_seconds=times.checking.seconds(name),
+            committing_seconds=times.committing.seconds(name),
             committed_at=None if committed is None else committed - times.started,
+            received=times.since_start(received),
+            checked=times.since_start(times.checking.spans.get(name, ())),
+            processed=times.since_start(times.committing.spans.get(name, ())),
         )
         rows.append(row)
     return rows

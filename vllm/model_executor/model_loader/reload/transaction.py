@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 
 from .agreement import agree_across_ranks
 from .bitwise import same_bytes
+from .checksums import SentChecksums
 from .commit import Commit, Place, place_of
 from .copying import Copies, batch_launcher
 from .errors import Finding, WeightSyncError
@@ -114,6 +115,7 @@ class ModelReload:
         transaction: the open sync, or the one that failed and was not closed.
         plan: where earlier syncs brought what they were given.
         unchecked: by which road weights came past the checks since a sync of all.
+        checksums: of what was sent, by checkpoint name, if they are asked for.
         ended: reports of the syncs that ended last, without their layers, for whoever
             takes them.
 
@@ -126,6 +128,7 @@ class ModelReload:
     transaction: Sync | None = None
     plan: Plan = field(default_factory=Plan)
     unchecked: str = ""
+    checksums: dict[str, str] = field(default_factory=dict)
     ended: deque[SyncReport] = field(default_factory=lambda: deque(maxlen=MAX_KEPT))
 
     @property
@@ -192,6 +195,7 @@ class ReloadTransaction:
         self._deferred = {child for layer in attention for child in layer.children()}
         self._deferred.update(attention)
         self._recorder = RouteRecorder()
+        self._checksums = SentChecksums() if envs.VLLM_RELOAD_CHECKSUMS else None
         self._mode = StagingMode(self._layers_of, self._recorder)
         metas = [tensor.meta for tensor in self._layers_of]
         self._layout = fingerprint(model, metas, placements.values())
@@ -263,6 +267,8 @@ class ReloadTransaction:
     def _load(self, weights: Weights, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._check_open()
         watched = self._recorder, self._planned, self.commit_ready_layers
+        if self._checksums is not None:
+            weights = self._checksums.watch(weights)
         source = Source(weights, *watched)
         try:
             source.skip_planned()
@@ -348,6 +354,8 @@ class ReloadTransaction:
         if not self._reload.first_loaded:
             for tensor in self._layers_of:
                 tensor.learn()
+        if self._checksums is not None:
+            self._reload.checksums |= self._checksums.as_text()
         self._reload.version += 1
         self._reload.first_loaded = True
         self._reload.lost, self._reload.fenced = "", False
@@ -367,7 +375,9 @@ class ReloadTransaction:
             if envs.VLLM_RELOAD_REPORT:
                 counts = self._planned.layers(), self._recorder.layers
                 rows = report_layers(self._layers, self._times, *counts)
-                publish(replace(report, layers=rows), envs.VLLM_RELOAD_REPORT)
+                sums = self._reload.checksums
+                whole = replace(report, layers=rows, checksums=sums)
+                publish(whole, envs.VLLM_RELOAD_REPORT)
 
     def _summarize(self) -> SyncReport:
         return SyncReport(
