@@ -264,7 +264,7 @@ def test_metrics_learn_of_the_fence_and_of_versions():
 
 def test_new_weights_have_a_name():
     core = make_core()
-    core.name_next_weights("step-1")
+    core.weight_fence.name_next("step-1")
     core.collective_rpc("sync")
     assert core.get_weight_version() == "step-1"
     core.collective_rpc("sync")
@@ -274,7 +274,7 @@ def test_new_weights_have_a_name():
 def test_a_name_is_for_what_the_next_rpc_commits():
     core = make_core()
     core.set_weight_version("old")
-    core.name_next_weights("never")
+    core.weight_fence.name_next("never")
     break_weights(core)
     assert core.get_weight_version() == "old"
     core.collective_rpc("sync")
