@@ -68,12 +68,12 @@ class Stopwatch:
         try:
             yield
         finally:
-            end = perf_counter()
-            total = sum(max(layer.nbytes, 1) for layer in layers)
-            for layer in layers:
-                stop = start + (end - start) * max(layer.nbytes, 1) / total
-                self.spans.setdefault(layer.name, []).append((start, stop))
-                start, total = stop, total - max(layer.nbytes, 1)
+            spent = perf_counter() - start
+            sizes = [max(layer.nbytes, 1) for layer in layers]
+            for layer, size in zip(layers, sizes):
+                end = start + spent * size / sum(sizes)
+                self.spans.setdefault(layer.name, []).append((start, end))
+                start = end
 
 
 class SyncTimes:
