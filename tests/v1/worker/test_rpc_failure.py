@@ -5,6 +5,7 @@
 import pickle
 
 import pytest
+import torch
 
 from vllm.model_executor.model_loader.reload import WeightSyncError
 from vllm.model_executor.model_loader.reload.agreement import RankFailedError
@@ -29,7 +30,8 @@ def findings(count: int, detail: str = "never sent") -> list[Finding]:
         (RankFailedError("no"), 424),
         (ValueError("no"), 400),
         (RuntimeError("no"), None),
-        (MemoryError("no"), None),
+        (MemoryError("no"), 507),
+        (torch.OutOfMemoryError("no"), 507),
     ],
 )
 def test_a_status_for_each_kind(error, status):

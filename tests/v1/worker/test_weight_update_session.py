@@ -11,6 +11,8 @@ from torch import nn
 
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.reload import (
+    WeightSyncError,
+    finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
     reload_status,
@@ -22,10 +24,11 @@ from vllm.v1.worker.gpu_worker import Worker
 
 
 class Model(nn.Linear):
-    """A model that a sync can be opened for; these syncs bring nothing."""
+    """A model that a sync can be opened for."""
 
     def load_weights(self, weights) -> None:
-        raise NotImplementedError
+        for name, weight in weights:
+            self.get_parameter(name).data.copy_(weight)
 
 
 class Engine:
@@ -56,9 +59,11 @@ class Engine:
     def update_weights(self, info: dict) -> None:
         self.infos.append(info)
         self._fail("update")
+        self.model.load_weights(info.items())
 
     def finish_weight_update(self) -> None:
         self._fail("finish")
+        finalize_layerwise_reload(self.model, None)
 
     def reset_weight_update_target(self) -> None:
         self.resets += 1
@@ -116,9 +121,14 @@ def run(worker: Worker, step: str) -> None:
     steps = {
         "start": worker.start_weight_update,
         "update": lambda: worker.update_weights({}),
-        "finish": worker.finish_weight_update,
+        "finish": lambda: send_and_finish(worker, {"weight": torch.ones(2, 2)}),
     }
     steps[step]()
+
+
+def send_and_finish(worker: Worker, weights: dict[str, torch.Tensor]) -> None:
+    worker.update_weights(weights)
+    worker.finish_weight_update()
 
 
 STEPS = pytest.mark.parametrize("step", ["start", "update", "finish"])
@@ -202,6 +212,38 @@ def test_an_aborted_session_is_dropped_and_the_next_one_starts(worker):
 def test_an_abort_without_a_session_leaves_other_syncs_alone(worker):
     initialize_layerwise_reload(worker.model_runner.get_model())
     worker.abort_weight_update()
+    assert state(worker) == "updating"
+
+
+def test_a_session_that_brought_nothing_is_refused(worker):
+    worker.start_weight_update()
+    worker.update_weights({})
+    with pytest.raises(WeightSyncError, match="brought no tensor"):
+        worker.finish_weight_update()
+    assert not worker._weight_update_active
+    assert state(worker) == "serving"
+
+
+def test_a_session_tells_what_it_updated_and_what_it_kept(worker):
+    whole = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    worker.start_weight_update()
+    send_and_finish(worker, whole)
+    assert worker.weight_update_reach() == {"updated": ("weight", "bias"), "kept": ()}
+    assert worker.weight_update_reach() is None
+
+
+def test_what_an_earlier_session_updated_is_forgotten(worker):
+    worker.start_weight_update()
+    send_and_finish(worker, {"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+    worker.start_weight_update()
+    assert worker.weight_update_reach() is None
+
+
+def test_a_reload_leaves_an_open_session_alone(worker):
+    worker.start_weight_update()
+    with pytest.raises(SyncConflictError, match="open already"):
+        worker.reload_weights()
+    assert worker._weight_update_active
     assert state(worker) == "updating"
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import torch
+
 from vllm.model_executor.model_loader.reload import WeightSyncError
 from vllm.model_executor.model_loader.reload.agreement import RankFailedError
 from vllm.model_executor.model_loader.reload.errors import (
@@ -23,11 +25,14 @@ from vllm.model_executor.model_loader.reload.errors import (
 
 __all__ = ["RpcFailedError", "RpcFailure"]
 
-# The first that fits. Whatever fits none is no fault of the client.
+# The first that fits. Whatever fits none is no fault of the client, nor can the client
+# do anything about it.
 _STATUS: tuple[tuple[type[Exception], HTTPStatus], ...] = (
     (WeightSyncError, HTTPStatus.UNPROCESSABLE_ENTITY),
     (SyncConflictError, HTTPStatus.CONFLICT),
     (TransferMissingError, HTTPStatus.NOT_IMPLEMENTED),
+    (MemoryError, HTTPStatus.INSUFFICIENT_STORAGE),
+    (torch.OutOfMemoryError, HTTPStatus.INSUFFICIENT_STORAGE),
     (RankFailedError, HTTPStatus.FAILED_DEPENDENCY),
     (ValueError, HTTPStatus.BAD_REQUEST),
 )

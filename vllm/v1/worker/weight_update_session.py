@@ -9,11 +9,13 @@ session, and the next one may start.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from vllm.config import ParallelConfig
 from vllm.model_executor.model_loader.reload import (
+    WeightSyncError,
     abort_layerwise_reload,
     mark_inconsistent,
 )
@@ -22,6 +24,7 @@ from vllm.model_executor.model_loader.reload.errors import (
     SyncConflictError,
     TransferMissingError,
 )
+from vllm.model_executor.model_loader.reload.layerwise import take_reach, tensors_sent
 from vllm.v1.worker.weight_report import models_of
 
 __all__ = [
@@ -30,9 +33,11 @@ __all__ = [
     "check_per_rank",
     "continues_session",
     "drops_weights",
+    "finishes_session",
     "opens_session",
     "outside_sessions",
     "reloads_at_once",
+    "session_reach",
 ]
 
 P = ParamSpec("P")
@@ -50,13 +55,15 @@ def opens_session(start: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
     def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
         with _on_all_ranks(worker, closes=not worker._weight_update_active):
             _check_none_open(worker)
+            for model in models_of(worker):
+                take_reach(model)
             return start(worker, *args, **kwargs)
 
     return agreed
 
 
 def continues_session(step: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
-    """Wrap an RPC that needs an open session: a chunk, or the finish.
+    """Wrap an RPC that needs an open session: a chunk, and see `finishes_session`.
 
     Without one it fails, and leaves alone what was opened past the engine's API.
     """
@@ -71,6 +78,37 @@ def continues_session(step: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
             return step(worker, *args, **kwargs)
 
     return agreed
+
+
+def finishes_session(finish: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
+    """Wrap the RPC that finishes a session.
+
+    One that has brought nothing fails: it is rather a trainer's mistake than its wish
+    to leave all as it is. A part of a model is a sync like any other.
+    """
+
+    @continues_session
+    @wraps(finish)
+    def checked(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        if 0 in map(tensors_sent, models_of(worker)):
+            raise WeightSyncError(
+                "weight sync brought no tensor; send them by update_weights"
+            )
+        return finish(worker, *args, **kwargs)
+
+    return checked
+
+
+def session_reach(worker: Any) -> dict[str, tuple[str, ...]] | None:
+    """Return what the last session updated and what it kept, as in `SyncReach`.
+
+    Returns:
+        Names of parameters by "updated" and "kept"; None if it did not load them the
+        way that checkpoints are loaded.
+
+    """
+    reaches = [take_reach(model) for model in models_of(worker)]
+    return next((asdict(reach) for reach in reaches if reach is not None), None)
 
 
 def abort_session(worker: Any) -> None:
@@ -130,10 +168,14 @@ def outside_sessions(rpc: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
 
 
 def reloads_at_once(reload: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
-    """Wrap an RPC that is a whole weight sync by itself."""
+    """Wrap an RPC that is a whole weight sync by itself.
+
+    While a session is open it fails, and that one stays open.
+    """
 
     @wraps(reload)
     def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        _check_none_open(worker)
         with _on_all_ranks(worker, closes=True):
             return reload(worker, *args, **kwargs)
 

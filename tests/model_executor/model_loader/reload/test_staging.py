@@ -25,6 +25,11 @@ def staged(shape=(4, 6), dtype=torch.float32, initial=None) -> StagedTensor:
     return StagedTensor("layer", "weight", meta, device, FirstLoad(), ledger, initial)
 
 
+def test_a_tensor_without_memory_is_named():
+    with pytest.raises(MemoryError, match=r"layer\.weight: .*alloc"):
+        staged(shape=(1 << 50,)).materialize()
+
+
 VALUES = torch.arange(24.0).reshape(4, 6)
 
 

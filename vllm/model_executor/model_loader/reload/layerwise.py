@@ -28,6 +28,7 @@ from .meta import SKIP_LOAD_TENSORS
 from .online import OnlineLoad
 from .plan import Route
 from .processing import is_attention
+from .reach import SyncReach
 from .registry import LAYERWISE_INFO, get_layerwise_info
 from .rollback import Rollback
 from .status import ReloadStatus
@@ -50,9 +51,11 @@ __all__ = [
     "mark_inconsistent",
     "note_unchecked",
     "planned_routes",
+    "tensors_sent",
     "record_metadata_for_reloading",
     "reload_status",
     "sent_checksums",
+    "take_reach",
     "take_reports",
 ]
 
@@ -179,6 +182,19 @@ def planned_routes(model: torch.nn.Module) -> dict[str, Route]:
     if isinstance(transaction, ReloadTransaction) and transaction.is_open:
         return transaction.routes
     return {}
+
+
+def tensors_sent(model: torch.nn.Module) -> int | None:
+    """How many tensors the open sync was sent; None where nobody counts them."""
+    transaction = _model_reload(_unwrapped(model)).transaction
+    return transaction.sent if isinstance(transaction, ReloadTransaction) else None
+
+
+def take_reach(model: torch.nn.Module) -> SyncReach | None:
+    """What the last sync wrote, told once; None where nobody took note."""
+    reload = _model_reload(_unwrapped(model))
+    reach, reload.reach = reload.reach, None
+    return reach
 
 
 def mark_inconsistent(model: torch.nn.Module, reason: str, fenced: bool = True) -> None:

@@ -36,11 +36,13 @@ class RouteRecorder:
     Attributes:
         layers: how many tensors loaders were given, by the layer that was written
             first; None if none was.
+        nowhere: names of those for which none was.
 
     """
 
     def __init__(self) -> None:
         self.layers: Counter[str | None] = Counter()
+        self.nowhere: list[str] = []
         self._layer: str | None = None
         self._routes: dict[str, Route] = {}
         # Routes of the same spec share it, for the sake of the processor's cache.
@@ -132,6 +134,8 @@ class RouteRecorder:
         """The loader is done with its tensor."""
         if self._tensor is not None:
             self.layers[self._layer] += 1
+            if self._layer is None:
+                self.nowhere.append(self._name)
             spec = TensorSpec.of(self._tensor)
             spec = self._specs.setdefault(spec, spec)
             self._routes[self._name] = Route(spec, tuple(self._copies))

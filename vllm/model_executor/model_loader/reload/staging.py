@@ -79,7 +79,7 @@ class StagedTensor:
         """Its memory; allocated, and set to the create-time value, on first use."""
         if self.memory is None:
             self.since, self.until = perf_counter(), None
-            memory = meta_tensors.materialize_meta_tensor(self.meta, self.device)
+            memory = self._allocate()
             prefer_huge_pages(memory.data)
             self.memory = memory
             if self.initial is not None:
@@ -87,6 +87,13 @@ class StagedTensor:
             elif not self.ledger.covers(self.meta):
                 memory.data.zero_()
         return self.memory
+
+    def _allocate(self) -> torch.Tensor:
+        try:
+            return meta_tensors.materialize_meta_tensor(self.meta, self.device)
+        except RuntimeError as error:  # which is what torch's allocators raise
+            reason, _, _ = str(error).partition("\n")
+            raise MemoryError(f"no memory to stage {self.path}: {reason}") from error
 
     def processable(self) -> torch.Tensor:
         """A tensor on the memory that processing may write to or give other memory."""

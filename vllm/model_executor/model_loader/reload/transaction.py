@@ -37,6 +37,7 @@ from .processing import (
     unservable,
 )
 from .ready_layers import ReadyLayers
+from .reach import SyncReach
 from .registry import get_layerwise_info
 from .rollback import Rollback
 from .routing import RouteRecorder
@@ -53,6 +54,7 @@ from .sync_report import (
     report_layers,
     staged_bytes,
 )
+from .unknown_experts import unknown_experts
 
 __all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction", "Sync"]
 
@@ -60,6 +62,9 @@ logger = init_logger(__name__)
 
 # Reports that nobody takes must not add up.
 MAX_KEPT = 100
+
+# These say all there is to say, or are not about the tensor that was being loaded.
+_UNEXPLAINED = (WeightSyncError, MemoryError, torch.OutOfMemoryError)
 
 
 class CommitPolicy(Enum):
@@ -118,6 +123,7 @@ class ModelReload:
         checksums: of what was sent, by checkpoint name, if they are asked for.
         ended: reports of the syncs that ended last, without their layers, for whoever
             takes them.
+        reach: what the last complete sync wrote, until somebody has asked.
 
     """
 
@@ -130,6 +136,7 @@ class ModelReload:
     unchecked: str = ""
     checksums: dict[str, str] = field(default_factory=dict)
     ended: deque[SyncReport] = field(default_factory=lambda: deque(maxlen=MAX_KEPT))
+    reach: SyncReach | None = None
 
     @property
     def status(self) -> ReloadStatus:
@@ -230,6 +237,11 @@ class ReloadTransaction:
         return f"{committed} of {total} layers are committed" if committed else ""
 
     @property
+    def sent(self) -> int:
+        """How many tensors came so far, also those that went nowhere."""
+        return self._planned.taken + self._recorder.count
+
+    @property
     def routes(self) -> dict[str, Route]:
         """Where tensors go past the model, by checkpoint name."""
         return self._planned.routes
@@ -274,11 +286,12 @@ class ReloadTransaction:
             source.skip_planned()
             with self._staging():
                 result = self._load_weights(iter(source), *args, **kwargs)
+                self._check_experts()
                 self.commit_ready_layers()
         except BaseException as error:
             reason = f"loading {source.name or 'weights'}: {error!r}"
             refused = isinstance(error, Exception) and error is not source.error
-            if refused and not isinstance(error, WeightSyncError | MemoryError):
+            if refused and not isinstance(error, _UNEXPLAINED):
                 refusal = source.explain(error)
                 self.fail(reason, refusal)
                 raise refusal from error
@@ -359,6 +372,7 @@ class ReloadTransaction:
         self._reload.version += 1
         self._reload.first_loaded = True
         self._reload.lost, self._reload.fenced = "", False
+        self._reload.reach = SyncReach.of(self._layers_of)
         for layer in self._layers:
             self._drop(layer)
         self._end()
@@ -431,6 +445,12 @@ class ReloadTransaction:
             raise WeightSyncError(f"{summary}: {self._failure}")
         if self._reload.transaction is not self:
             raise WeightSyncError("no weight sync is open, start one first")
+
+    def _check_experts(self) -> None:
+        unknown = unknown_experts(self._model, self._recorder.nowhere)
+        self._recorder.nowhere.clear()
+        if unknown:
+            raise WeightSyncError("weight sync refused tensors", invalid=unknown)
 
     def _check_complete(self) -> None:
         owes_all = bool(self._reload.lost)
