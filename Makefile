@@ -8,24 +8,28 @@ BASE ?=
 REPORTED_BASE := 0.22.1
 # What needs no engine, which that release cannot start with this torch.
 REPORTED_BASE_TESTS := tests/model_executor/model_loader/reload tests/distributed \
-	tests/entrypoints/serve $(addprefix tests/v1/engine/test_, rpc_refusal.py \
-	weight_health.py)
+	tests/entrypoints/serve $(addprefix tests/v1/engine/test_, \
+	pending_calls.py rpc_refusal.py weight_health.py)
 # A first look: the docs, and the defects that the fork is about.
 QUICK_TESTS := tests/docs tests/model_executor/model_loader/reload/test_defects.py
+# How long `make soak` runs.
+SCHEDULES ?= 5000
+SYNCS ?= 200
 GPU_TESTS := $(addprefix tests/kernels/, test_strided_copy.py test_group_sums.py \
-	moe/test_scale_scan.py moe/test_fp8_grouped_gemm.py moe/test_fp8_experts.py moe/test_against_base.py) \
+	moe/test_scale_scan.py moe/test_fp8_grouped_gemm.py moe/test_fp8_experts.py \
+	moe/test_against_base.py) \
 	tests/v1/engine/test_bad_scale_engine.py
 
 export HF_HUB_OFFLINE := 1
 export VLLM_CPU_KVCACHE_SPACE := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo quick test bench upstream-test gpu-test gpu-bench wheel patch \
-	patch-test docs lint clean
+.PHONY: help venv demo quick test soak bench upstream-test gpu-test gpu-bench wheel \
+	patch patch-test docs lint clean
 
 help:
 	@echo "make venv [BASE=x.y.z] | demo | quick | test | bench | upstream-test"
-	@echo "make docs | lint | clean"
+	@echo "make soak [SCHEDULES=n] [SYNCS=n] | docs | lint | clean"
 	@echo "make wheel [BASE=x.y.z] | patch [BASE=x.y.z] | patch-test [BASE=x.y.z]"
 	@echo "with the fork installed on a machine with a GPU: make gpu-test | gpu-bench"
 
@@ -42,6 +46,11 @@ test: default-venv
 	@$(PYTHON) -m overlay venv --base $(REPORTED_BASE)
 	.venv/bin/python -m pytest tests
 	.venv-$(REPORTED_BASE)/bin/python -m pytest $(REPORTED_BASE_TESTS)
+
+soak: default-venv
+	mkdir -p build
+	.venv/bin/python -m tests.soak syncs --count $(SYNCS) --log build/soak-syncs.log
+	.venv/bin/python -m tests.soak faults --count $(SCHEDULES) --log build/soak-faults.log
 
 upstream-test: default-venv
 	.venv/bin/python -m tests.upstream

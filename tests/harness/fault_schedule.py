@@ -2,9 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Random schedules of what trainers and clients do to a server that lives on.
 
-    with starting(folder, log, SERVER_OPTIONS, {}) as server:
-        server.wait()
-        bench = FaultBench(server, ...)
+    with starting_bench(folder) as bench:
         run_state_machine_as_test(lambda: FaultSchedule(bench), settings=...)
 
 After each step: its status is the one that `SyncOracle` expects, and what is served is
@@ -13,11 +11,10 @@ At the end of each schedule a complete sync must be served.
 """
 
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from http import HTTPStatus
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -25,7 +22,6 @@ from typing import Any
 from uuid import uuid4
 
 import requests
-import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -35,26 +31,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from tests.checkpoints import CASES, Sizes
+from tests.harness.fault_bench import CASE, PIECES, A, B, FaultBench, Named
 from tests.harness.lost_client import Leaves, lose, run_and_kill
 from tests.harness.packed import Damage, Packed, is_scale, pack
-from tests.harness.server import Server
 from tests.harness.sync_oracle import SyncOracle
 
-__all__ = ["A", "B", "CASE", "SERVER_OPTIONS", "FaultBench", "FaultSchedule"]
+__all__ = ["FaultSchedule", "answer_of"]
 
-A, B = 1, 2
-CASE = replace(
-    CASES["qwen3_moe-fp8_block"],
-    sizes=Sizes(experts=2, hidden=128, heads=2, vocab=320),
-)
-SERVER_OPTIONS = [
-    *("--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4"),
-    *("--weight-transfer-config", '{"backend": "shm"}'),
-    *("--worker-extension-cls", "tests.harness.faulty_worker.FaultyWorker"),
-]
 BUCKET_BYTES = 1 << 20
-PIECES = 6
 PREFIX = "vllm-weights-"
 UNPROCESSABLE = HTTPStatus.UNPROCESSABLE_ENTITY
 # Longer than a block of the KV cache, so that its prefix is cached.
@@ -69,7 +53,6 @@ REQUEST = {
 }
 LONG_REQUEST = {**REQUEST, "max_tokens": 24}
 
-Named = tuple[str, torch.Tensor]
 Answer = tuple[list[int], list[float]]
 
 
@@ -92,35 +75,6 @@ class Policy:
 
 
 POLICIES = (Policy("model", "off"), Policy("layer", "host"), Policy("layer", "off"))
-
-
-@dataclass(frozen=True)
-class FaultBench:
-    """What all schedules share.
-
-    Attributes:
-        server: the server, which serves A.
-        folders: of the checkpoints A and B.
-        digests: of the parameters after a cold load, by checkpoint.
-        tensors: of the checkpoints, in pieces.
-        answers: the first answer that was seen from the same weights.
-        tally: how often what was done, and with which outcome.
-    """
-
-    server: Server
-    folders: Mapping[int, Path]
-    digests: Mapping[int, Mapping[str, str]]
-    tensors: dict[int, list[list[Named]]] = field(init=False)
-    answers: dict[tuple, Answer] = field(default_factory=dict)
-    tally: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def __post_init__(self):
-        object.__setattr__(self, "tensors", {s: list(_pieces(s)) for s in (A, B)})
-
-    def call(self, method: str, **kwargs: Any) -> requests.Response:
-        """Have the worker do something."""
-        body = {"method": method, "kwargs": kwargs}
-        return self.server.post("collective_rpc", body)
 
 
 class FaultSchedule(RuleBasedStateMachine):
@@ -471,13 +425,6 @@ def answer_of(response: requests.Response) -> Answer:
     """Return tokens and their log-probabilities."""
     (choice,) = response.json()["choices"]
     return choice["token_ids"], choice["logprobs"]["token_logprobs"]
-
-
-def _pieces(seed: int) -> Iterator[list[Named]]:
-    tensors = list(CASE.tensors(seed))
-    size = -(-len(tensors) // PIECES)
-    for start in range(0, len(tensors), size):
-        yield tensors[start : start + size]
 
 
 def _bucket() -> SharedMemory:

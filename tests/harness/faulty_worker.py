@@ -30,6 +30,10 @@ class FaultyWorker:
         os.environ["VLLM_RELOAD_ROLLBACK"] = rollback
         envs.disable_envs_cache()
 
+    def process_id(self) -> dict[str, int]:
+        """Return the process it lives in."""
+        return {"process_id": os.getpid()}
+
     def limit_memory(self, tensors: int) -> None:
         """Let memory end once so many more tensors are staged.
 

@@ -1,56 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What may go wrong while a trainer syncs into a server: one fault, or many in a row.
+"""What may go wrong while a trainer syncs into a server: many faults in a row, or one.
 
 `SYNC_SCHEDULES` sets how many random schedules are tried.
 """
 
 import os
+import threading
+import time
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
 
 import pytest
-import torch
+import requests
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from examples.rl.shm_trainer import Trainer
 from tests.checkpoints import write_checkpoint
-from tests.harness import stand_ins
-from tests.harness.fault_schedule import (
-    CASE,
-    SERVER_OPTIONS,
-    A,
-    B,
-    FaultBench,
-    FaultSchedule,
-)
-from tests.harness.models import build, single_rank
-from tests.harness.server import starting
-from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
+from tests.harness.fault_bench import CASE, A, B, FaultBench, starting_bench
+from tests.harness.fault_schedule import REQUEST, FaultSchedule, answer_of
+from tests.harness.server import KEY
 
-SCHEDULES = int(os.environ.get("SYNC_SCHEDULES", "500"))
+SCHEDULES = int(os.environ.get("SYNC_SCHEDULES", "200"))
 STEPS = 10
+EXPERT = "model.layers.0.mlp.experts.99.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Iterator[FaultBench]:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    folders = {s: write_checkpoint(CASE, s, folder / str(s), True) for s in (A, B)}
-    log = folder / "server.log"
-    with starting(folders[A], log, SERVER_OPTIONS, {}) as server:
-        digests = cold_digests(folders)
-        server.wait()
-        yield FaultBench(server, folders, digests)
+    with starting_bench(tmp_path_factory.mktemp("checkpoints")) as bench:
+        yield bench
 
 
-def cold_digests(folders: dict[int, Path]) -> dict[int, dict[str, str]]:
-    """Load each checkpoint in this process."""
-    dtype = torch.get_default_dtype()
-    with pytest.MonkeyPatch.context() as patch, single_rank():
-        stand_ins.install(patch)
-        models = {seed: build(CASE, folder).model for seed, folder in folders.items()}
-    torch.set_default_dtype(dtype)
-    return {seed: compute_tensor_digests(model) for seed, model in models.items()}
+@pytest.fixture
+def trainer(bench) -> Iterator[Trainer]:
+    """A trainer whose server serves A, and old weights until a sync is whole."""
+    bench.call("choose_policy", commit="model", rollback="off")
+    assert bench.server.post("abort_weight_update", {}).ok
+    with closing(Trainer(bench.server.url, KEY, 1 << 20)) as trainer:
+        trainer.sync(CASE.tensors(A))
+        yield trainer
+
+
+def ask(bench: FaultBench) -> tuple[list[int], list[float]]:
+    return answer_of(bench.server.post("v1/completions", REQUEST))
+
+
+def error_of(answer: requests.Response, status: int) -> dict:
+    assert answer.status_code == status, answer.text
+    return answer.json()["error"]
 
 
 @pytest.mark.timeout(0)
@@ -68,4 +67,89 @@ def test_no_schedule_of_faults_corrupts_or_kills(bench):
             suppress_health_check=list(HealthCheck),
         ),
     )
-    print(*sorted(bench.tally.items()), sep="\n")
+
+
+def test_a_sync_that_brings_nothing_is_refused(bench, trainer):
+    before = ask(bench)
+    assert bench.server.post("start_weight_update", {}).ok
+    error = error_of(bench.server.post("finish_weight_update", {}), 422)
+    assert "brought no tensor" in error["message"]
+    assert ask(bench) == before
+    trainer.sync(CASE.tensors(B))
+
+
+def test_a_sync_of_a_part_says_how_large_it_is(bench, trainer):
+    norm = "model.norm.weight"
+    assert bench.server.post("start_weight_update", {}).ok
+    chunks = trainer._chunks([(norm, dict(CASE.tensors(B))[norm])])
+    trainer.post("update_weights", update_info=next(chunks))
+    told = bench.server.post("finish_weight_update", {}).json()
+    assert told["updated"] == 1
+    assert told["kept"] > 20 == len(told["kept_parameters"])
+    assert norm not in told["kept_parameters"]
+
+
+def test_an_expert_that_does_not_exist_is_named(bench, trainer):
+    before = ask(bench)
+    tensors = [*CASE.tensors(B), (EXPERT, next(CASE.tensors(B))[1])]
+    with pytest.raises(requests.HTTPError) as raised:
+        trainer.sync(tensors)
+    error = error_of(raised.value.response, 422)
+    (found,) = error["invalid"]
+    assert (found["parameter"], found["expert"]) == (EXPERT, 99)
+    assert "the layer has 2" in found["detail"]
+    assert ask(bench) == before
+
+
+def test_a_reload_from_disk_waits_for_an_open_sync(bench, trainer):
+    before = ask(bench)
+    assert bench.server.post("start_weight_update", {}).ok
+    folder = str(bench.folders[B])
+    error_of(bench.call("reload_weights", weights_path=folder), 409)
+    assert bench.server.post("abort_weight_update", {}).ok
+    assert ask(bench) == before
+    assert bench.call("reload_weights", weights_path=folder).ok
+    assert ask(bench) != before
+
+
+def test_a_worker_without_memory_is_told_apart(bench, trainer):
+    before = ask(bench)
+    bench.call("limit_memory", tensors="3")
+    with pytest.raises(requests.HTTPError) as raised:
+        trainer.sync(CASE.tensors(B))
+    bench.call("behave")
+    error = error_of(raised.value.response, 507)
+    assert "no memory to stage model." in error["message"]
+    assert ask(bench) == before
+
+
+def test_a_file_cut_down_on_a_full_disk_is_named(bench, trainer, tmp_path):
+    before = ask(bench)
+    folder = write_checkpoint(CASE, B, tmp_path, tokenizer=True)
+    whole = folder / "model.safetensors"
+    os.truncate(whole, whole.stat().st_size // 2)
+    error = error_of(bench.call("reload_weights", weights_path=str(folder)), 422)
+    assert "was cut short: model.layers.0." in error["message"]
+    assert ask(bench) == before
+    write_checkpoint(CASE, A, tmp_path, tokenizer=True)
+    assert bench.call("reload_weights", weights_path=str(folder)).ok
+    assert ask(bench) == before
+
+
+def test_sigterm_during_a_commit_ends_the_server(bench, trainer):
+    """The last one of these tests: it leaves no server."""
+    bench.call("commit_slowly", seconds="0.2")
+    syncing = threading.Thread(target=sync_and_be_lost, args=[trainer])
+    syncing.start()
+    log = bench.folders[A].parent / "server.log"
+    while "a layer is being committed" not in log.read_text():
+        time.sleep(0.05)
+    bench.server.process.terminate()
+    assert bench.server.process.wait(60) is not None
+    syncing.join(60)
+    assert not syncing.is_alive()
+
+
+def sync_and_be_lost(trainer: Trainer) -> None:
+    with pytest.raises(requests.RequestException):
+        trainer.sync(CASE.tensors(B))
