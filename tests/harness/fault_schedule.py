@@ -385,10 +385,11 @@ class FaultSchedule(RuleBasedStateMachine):
     @contextmanager
     def _may_lose(self) -> Iterator[None]:
         """Ask, if a sync ends in here without success, whether its layers are lost."""
-        received, commits = self.oracle.received, self.oracle.commits
+        # Of a chunk that is refused a part may be committed.
+        was_open, commits = self.oracle.is_open, self.oracle.commits
         yield
         ended = not self.oracle.is_open and commits == self.oracle.commits
-        if received and ended and self.policy.loses_layers:
+        if was_open and ended and self.policy.loses_layers:
             self.oracle.lost = not self._health().ok
 
     def _health(self) -> requests.Response:

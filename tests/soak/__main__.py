@@ -37,7 +37,9 @@ def _logger(file: Path) -> logging.Logger:
     logger = logging.getLogger("soak")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    for handler in (logging.FileHandler(file, mode="w"), logging.StreamHandler()):
+    # vLLM configures logging when it starts, which closes files: this one appends.
+    file.unlink(missing_ok=True)
+    for handler in (logging.FileHandler(file), logging.StreamHandler()):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(handler)
     return logger

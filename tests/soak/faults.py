@@ -20,24 +20,24 @@ STEPS = 10
 
 def run(count: int, folder: Path, log: Logger) -> bool:
     """Try `count` schedules; tell whether none has failed."""
-    failures = 0
     with starting_bench(folder) as bench:
-        start = time.monotonic()
-        while _played(bench) < count:
-            failures += not _batch(bench, log)
-            seconds = time.monotonic() - start
-            log.info(
-                "%d schedules, %.0f s, %d batches failed",
-                _played(bench),
-                seconds,
-                failures,
-            )
-            if bench.server.process.poll() is not None:
-                log.error("the server has ended")
-                return False
-        for (kind, outcome), times in sorted(bench.tally.items()):
-            log.info("%-45s %-12s %7d", kind, outcome, times)
-    return not failures
+        try:
+            return _play(bench, count, log) == 0
+        finally:  # also when it is interrupted
+            for (kind, outcome), times in sorted(bench.tally.items()):
+                log.info("%-40s %-20s %7d", kind, outcome, times)
+
+
+def _play(bench: FaultBench, count: int, log: Logger) -> int:
+    """Return how many batches have failed."""
+    failures, start = 0, time.monotonic()
+    while _played(bench) < count:
+        failures += not _batch(bench, log)
+        done, seconds = _played(bench), time.monotonic() - start
+        log.info("%d schedules, %.0f s, %d batches failed", done, seconds, failures)
+        if bench.server.process.poll() is not None:
+            raise RuntimeError("the server has ended")
+    return failures
 
 
 def _batch(bench: FaultBench, log: Logger) -> bool:

@@ -22,7 +22,7 @@ from tests.harness.fault_bench import CASE, A, B, FaultBench, starting_bench
 from tests.harness.fault_schedule import REQUEST, FaultSchedule, answer_of
 from tests.harness.server import KEY
 
-SCHEDULES = int(os.environ.get("SYNC_SCHEDULES", "200"))
+SCHEDULES = int(os.environ.get("SYNC_SCHEDULES", "500"))
 STEPS = 10
 EXPERT = "model.layers.0.mlp.experts.99.down_proj.weight"
 
