@@ -13,13 +13,12 @@ At the end of each schedule a complete sync must be served.
 import math
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import requests
 from hypothesis import strategies as st
@@ -33,13 +32,19 @@ from hypothesis.stateful import (
 
 from tests.harness.fault_bench import CASE, PIECES, A, B, FaultBench, Named
 from tests.harness.lost_client import Leaves, lose, run_and_kill
-from tests.harness.packed import Damage, Packed, is_scale, pack
+from tests.harness.packed import (
+    BUCKET_BYTES,
+    PREFIX,
+    Damage,
+    Packed,
+    bucket_of_a_trainer,
+    is_scale,
+    pack,
+)
 from tests.harness.sync_oracle import SyncOracle
 
 __all__ = ["FaultSchedule", "answer_of"]
 
-BUCKET_BYTES = 1 << 20
-PREFIX = "vllm-weights-"
 UNPROCESSABLE = HTTPStatus.UNPROCESSABLE_ENTITY
 # Longer than a block of the KV cache, so that its prefix is cached.
 REQUEST = {
@@ -85,7 +90,8 @@ class FaultSchedule(RuleBasedStateMachine):
         self.bench, self.server = bench, bench.server
         self.policy = POLICIES[0]
         self.oracle = SyncOracle(dict(CASE.tensors(A)), A)
-        self.bucket = _bucket()
+        self.held = ExitStack()
+        self.bucket = self.held.enter_context(bucket_of_a_trainer())
         self.mapped: str | None = None
         self.clients = ThreadPoolExecutor(1)
         self.waiting: list[tuple[int, Future]] = []
@@ -229,7 +235,7 @@ class FaultSchedule(RuleBasedStateMachine):
         self.abort()
         numbers = [*order[:count], order[0]]
         chunks = [pack(self.bench.tensors[seed][n]) for n in numbers]
-        with _bucket_of_another() as bucket:
+        with bucket_of_a_trainer() as bucket:
             run_and_kill(lambda: self._train(bucket, chunks, leaves))
         inside = f"in a chunk, {leaves.value}" if leaves else "between chunks"
         self._count(f"trainer killed {inside}", "sync left open")
@@ -314,7 +320,7 @@ class FaultSchedule(RuleBasedStateMachine):
                 self._heal()
         finally:
             self.clients.shutdown()
-            _free(self.bucket)
+            self.held.close()
 
     def _heal(self) -> None:
         if self.waiting:
@@ -426,21 +432,3 @@ def answer_of(response: requests.Response) -> Answer:
     """Return tokens and their log-probabilities."""
     (choice,) = response.json()["choices"]
     return choice["token_ids"], choice["logprobs"]["token_logprobs"]
-
-
-def _bucket() -> SharedMemory:
-    return SharedMemory(f"{PREFIX}{uuid4().hex}", create=True, size=BUCKET_BYTES)
-
-
-@contextmanager
-def _bucket_of_another() -> Iterator[SharedMemory]:
-    bucket = _bucket()
-    try:
-        yield bucket
-    finally:
-        _free(bucket)
-
-
-def _free(bucket: SharedMemory) -> None:
-    bucket.close()
-    bucket.unlink()

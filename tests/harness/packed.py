@@ -2,18 +2,30 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Tensors as a trainer sends them through shared memory, sound and spoilt."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
+from uuid import uuid4
 
 import torch
 
-__all__ = ["Damage", "Packed", "is_scale", "pack"]
+__all__ = [
+    "BUCKET_BYTES",
+    "PREFIX",
+    "Damage",
+    "Packed",
+    "bucket_of_a_trainer",
+    "is_scale",
+    "pack",
+]
 
 Named = tuple[str, torch.Tensor]
 ALIGNMENT = 16
+BUCKET_BYTES = 1 << 20
+PREFIX = "vllm-weights-"
 
 
 class Damage(Enum):
@@ -50,6 +62,18 @@ class Packed:
         """The same chunk, said to begin at the end of a bucket of this size."""
         offsets = [size + offset for offset in self.lists["offsets"]]
         return replace(self, lists={**self.lists, "offsets": offsets})
+
+
+@contextmanager
+def bucket_of_a_trainer() -> Iterator[SharedMemory]:
+    """Make a bucket, and free it in the end."""
+    name = f"{PREFIX}{uuid4().hex}"
+    bucket = SharedMemory(name, create=True, size=BUCKET_BYTES)
+    try:
+        yield bucket
+    finally:
+        bucket.close()
+        bucket.unlink()
 
 
 def pack(tensors: Iterable[Named]) -> Packed:

@@ -27,8 +27,7 @@ CASE = CASES["qwen3_moe-fp8_block"]
 CHECKPOINTS = POINTS = 5
 WARM_UP = 10
 MEMORY_GROWTH = 1.01
-# The last quarter's median over the first's; other work on the machine makes noise.
-TIME_GROWTH = 1.25
+TIME_GROWTH = 1.25  # other work on the machine makes noise
 POLICY = {"VLLM_RELOAD_COMMIT": "layer", "VLLM_RELOAD_ROLLBACK": "host"}
 Answer = tuple[list[int], list[float]]
 
@@ -55,7 +54,11 @@ def run(count: int, folder: Path, log: Logger) -> bool:
         server.wait()
         with closing(Trainer(server.url, KEY, 1 << 20)) as trainer:
             syncs = [_sync(server, trainer, n, log) for n in range(count)]
-    outcomes = [_memory_is_flat(syncs, log), _time_is_flat(syncs, log)]
+    memory, seconds = [s.memory / 1e6 for s in syncs], [s.seconds for s in syncs]
+    outcomes = [
+        _is_flat("memory of the worker, MB", memory, MEMORY_GROWTH, log),
+        _is_flat("seconds of a sync", seconds, TIME_GROWTH, log),
+    ]
     for point in range(1, POINTS + 1):
         # Each point is at another checkpoint.
         number = count * point // POINTS - point
@@ -92,30 +95,14 @@ def _worker_memory(server: Server) -> int:
     return int(size) * 1024
 
 
-def _memory_is_flat(syncs: list[Sync], log: Logger) -> bool:
-    early = syncs[WARM_UP].memory
-    late = max(sync.memory for sync in syncs[WARM_UP:])
-    log.info(
-        "memory of the worker: %.2f MB after sync %d, at most %.2f MB since (%+.2f %%)",
-        early / 1e6,
-        WARM_UP,
-        late / 1e6,
-        100 * (late / early - 1),
-    )
-    return late < MEMORY_GROWTH * early
-
-
-def _time_is_flat(syncs: list[Sync], log: Logger) -> bool:
-    seconds = [sync.seconds for sync in syncs[WARM_UP:]]
-    quarter = len(seconds) // 4
-    early, late = median(seconds[:quarter]), median(seconds[-quarter:])
-    log.info(
-        "median time: %.4f s in the first quarter, %.4f s in the last (%+.1f %%)",
-        early,
-        late,
-        100 * (late / early - 1),
-    )
-    return late < TIME_GROWTH * early
+def _is_flat(what: str, values: list[float], limit: float, log: Logger) -> bool:
+    """Compare the medians of the first and the last quarter after the warm-up."""
+    quarter = len(values[WARM_UP:]) // 4
+    early = median(values[WARM_UP : WARM_UP + quarter])
+    late = median(values[-quarter:])
+    growth = late / early
+    log.info("%s: %.4g, then %.4g (%+.2f %%)", what, early, late, 100 * (growth - 1))
+    return growth < limit
 
 
 def _fresh_answer(folder: Path, number: int) -> Answer:

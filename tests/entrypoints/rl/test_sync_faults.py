@@ -20,6 +20,7 @@ from examples.rl.shm_trainer import Trainer
 from tests.checkpoints import write_checkpoint
 from tests.harness.fault_bench import CASE, A, B, FaultBench, starting_bench
 from tests.harness.fault_schedule import REQUEST, FaultSchedule, answer_of
+from tests.harness.packed import bucket_of_a_trainer, pack
 from tests.harness.server import KEY
 
 SCHEDULES = int(os.environ.get("SYNC_SCHEDULES", "500"))
@@ -80,9 +81,11 @@ def test_a_sync_that_brings_nothing_is_refused(bench, trainer):
 
 def test_a_sync_of_a_part_says_how_large_it_is(bench, trainer):
     norm = "model.norm.weight"
-    assert bench.server.post("start_weight_update", {}).ok
-    chunks = trainer._chunks([(norm, dict(CASE.tensors(B))[norm])])
-    trainer.post("update_weights", update_info=next(chunks))
+    chunk = pack([(norm, dict(CASE.tensors(B))[norm])])
+    with bucket_of_a_trainer() as bucket:
+        trainer.post("init_weight_transfer_engine", init_info={"segment": bucket.name})
+        trainer.post("start_weight_update")
+        trainer.post("update_weights", **chunk.write(bucket))
     told = bench.server.post("finish_weight_update", {}).json()
     assert told["updated"] == 1
     assert told["kept"] > 20 == len(told["kept_parameters"])
