@@ -311,9 +311,9 @@ def test_who_gives_up_aborts(sync):
     assert report.pause_seconds == 0
 
 
-def test_a_tensor_that_no_loader_takes_is_invalid(sync):
-    name = "model.layers.0.self_attn.qkv_proj.nothing"
-    assert sync.fails([(name, torch.ones(1))]).result == "invalid"
+def test_a_tensor_that_its_loader_refuses_is_invalid(sync):
+    report = sync.fails([("model.norm.weight", torch.ones(3))])
+    assert (report.result, report.missing) == ("invalid", 0)
 
 
 def test_reports_are_taken_once(sync):
