@@ -140,6 +140,17 @@ def test_a_sync_that_fails_changes_none(trainer):
     assert sent_checksums(trainer.built.model) == before
 
 
+def test_what_came_unwatched_leaves_no_old_ones(trainer):
+    trainer(FP8_BLOCK.tensors(2))
+    model, vllm_config = trainer.built
+    with trainer.built.worker_context():
+        initialize_layerwise_reload(model, exposed=True)
+        param = dict(model.named_parameters())["model.norm.weight"]
+        param.weight_loader(param, dict(FP8_BLOCK.tensors(3))["model.norm.weight"])
+        finalize_layerwise_reload(model, vllm_config.model_config)
+    assert sent_checksums(model) == {}
+
+
 def test_weights_that_are_lost_have_none(trainer):
     trainer(FP8_BLOCK.tensors(2))
     mark_inconsistent(trainer.built.model, "asleep")

@@ -33,9 +33,15 @@ Named = tuple[str, torch.Tensor]
 
 
 class SentChecksums:
-    """Checksums of what one sync is sent; of what comes twice, of the last."""
+    """Checksums of what one sync is sent; of what comes twice, of the last.
+
+    Attributes:
+        are_all: whether nothing came past them, under names that nobody knows.
+
+    """
 
     def __init__(self) -> None:
+        self.are_all = True
         self._sums: dict[str, torch.Tensor] = {}
 
     def watch(self, weights: Iterable[Named]) -> Iterable[Named]:

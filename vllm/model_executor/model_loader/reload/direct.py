@@ -129,6 +129,7 @@ class DirectSync:
             self._process_attention(model_config)
         if missing:
             raise WeightSyncError("weight sync is incomplete", missing=missing)
+        self._reload.checksums = {}
         self._reload.version += 1
         self._reload.lost, self._reload.fenced = "", False
         self._reload.unchecked = "layers that the engine filled itself"

@@ -368,7 +368,8 @@ class ReloadTransaction:
             for tensor in self._layers_of:
                 tensor.learn()
         if self._checksums is not None:
-            self._reload.checksums |= self._checksums.as_text()
+            kept = self._reload.checksums if self._checksums.are_all else {}
+            self._reload.checksums = kept | self._checksums.as_text()
         self._reload.version += 1
         self._reload.first_loaded = True
         self._reload.lost, self._reload.fenced = "", False
@@ -489,6 +490,8 @@ class ReloadTransaction:
             return result
         self._check_open()
         self._recorder.layers[loader.tensor.layer] += 1
+        if self._checksums is not None:
+            self._checksums.are_all = False
         try:
             with self._times.call(), self._staging():
                 return self._run_loader(loader, args, kwargs)
