@@ -14,11 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from overlay.base import CUDA, ROOT, OverlayError
+from overlay.base import CUDA, OverlayError
 from overlay.patch import FIRST_PARTY, write_patches
 from overlay.source import extract_source, find_source
 
-OUT = ROOT / "dist" / "upstream"
 RELOAD = "tests/model_executor/model_loader/reload"
 # Of the fork's tests of the reload, those that run no kernel of the compiled part.
 TESTS = (
@@ -63,15 +62,16 @@ def main() -> int:
     )
     parser.add_argument("--base", default=CUDA.default_version, help="%(default)s")
     version = parser.parse_args().base
-    try:
-        source = find_source(version)
-        write_patches(source, version, OUT)
-    except OverlayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    with tempfile.TemporaryDirectory(prefix="patched-") as folder:
-        tree = extract_source(source, Path(folder))
-        count = apply(tree, sorted(OUT.glob("*.patch")))
+    with tempfile.TemporaryDirectory(prefix="patched-") as name:
+        folder = Path(name)
+        try:
+            source = find_source(version)
+            write_patches(source, version, folder / "patches")
+        except OverlayError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        tree = extract_source(source, folder / "tree")
+        count = apply(tree, sorted((folder / "patches").glob("*.patch")))
         print(f"vllm {version}: {count} patches applied", flush=True)
         if not all(compileall.compile_file(tree / f, quiet=1) for f in changed(tree)):
             return 1
