@@ -75,7 +75,10 @@ def sides(
     workload: Workload, folder: Path, base: Path | None
 ) -> Iterator[dict[str, SideProcess]]:
     """Start the base and the fork, on a checkpoint that one of them wrote."""
-    tree = dict(PYTHONPATH=str(base)) if base else released(folder).environment
+    if base is None:
+        tree = released(folder / "released", folder).environment
+    else:
+        tree = dict(PYTHONPATH=str(base))
     environments = {"base": tree, "fork": {}}
     running = {n: SideProcess(e, folder, workload) for n, e in environments.items()}
     try:

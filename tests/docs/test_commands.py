@@ -33,6 +33,9 @@ RUN_BY = {
     "git am --keep-non-patch .../dist/upstream/*.patch": (
         "tests/overlay/test_patch.py::test_git_am_takes_the_series"
     ),
+    "python -m benchmarks.sync.timeline FILE timeline.png": (
+        "tests/model_executor/model_loader/reload/test_timeline.py::test_it_needs_no_colours"
+    ),
     "make docs": "tests/docs/test_site.py::test_each_page_is_there",
     "make wheel [BASE=0.22.1]": (
         "tests/overlay/test_wheel.py::test_the_fork_lies_over_the_base"
@@ -67,6 +70,7 @@ NOT_RUN = {
     "make patch [BASE=0.33.0]": DOWNLOADS,
     "make patch-test [BASE=0.33.0]": DOWNLOADS,
     "make quick": TESTS,
+    "make soak [SCHEDULES=5000] [SYNCS=200]": MINUTES,
     "make test": TESTS,
     "make upstream-test": DOWNLOADS,
     "make venv": INSTALLS,

@@ -36,8 +36,8 @@ from .processing import (
     prepare_layer,
     unservable,
 )
-from .ready_layers import ReadyLayers
 from .reach import SyncReach
+from .ready_layers import ReadyLayers
 from .registry import get_layerwise_info
 from .rollback import Rollback
 from .routing import RouteRecorder
