@@ -178,8 +178,9 @@ def test_a_list_has_an_update_for_each_rank(count, second_of_four):
 
 def test_a_rank_takes_its_own_update_from_a_list(second_of_four):
     engine = second_of_four.weight_transfer_engine
-    second_of_four.update_weights([{"to": rank} for rank in range(4)])
-    assert engine.infos == [{"to": 2}]
+    biases = [torch.full((2,), float(rank)) for rank in range(4)]
+    second_of_four.update_weights([{"bias": bias} for bias in biases])
+    assert engine.infos == [{"bias": biases[2]}]
 
 
 @STEPS
