@@ -110,7 +110,8 @@ def _alignment(numbers: Iterable[int]) -> int:
     return bits & -bits
 
 
-@triton.jit
+# Not compiled anew for one copy, or a multiple of 16: a first sync would wait for that.
+@triton.jit(do_not_specialize=["copies"])
 def _copy_runs_kernel(
     table, copies, WORD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -139,7 +140,7 @@ def _copy_runs_kernel(
         tl.store(target + index_B, words_B, mask=exists_B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["copies"])
 def _copy_rows_kernel(
     table,
     copies,
