@@ -45,7 +45,8 @@ REQUEST = {
     "ignore_eos": True,
     "return_token_ids": True,
 }
-LONG_REQUEST = {**REQUEST, "max_tokens": 80}
+# Longer than it takes to pause it.
+LONG_REQUEST = {**REQUEST, "max_tokens": 200}
 SCALE = "model.layers.0.mlp.experts.0.down_proj.weight_scale_inv"
 NORM = "model.norm.weight"
 

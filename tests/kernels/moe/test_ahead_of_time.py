@@ -117,10 +117,10 @@ _GEMM = Kernel(
     options=dict(num_warps=4, num_stages=3),
 )
 _COPY = Kernel(
-    path="kernels.strided_copy:_copy_kernel",
+    path="kernels.strided_copy:_copy_runs_kernel",
     targets=("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"),
-    signature={"table": "*i64", **dict.fromkeys(_COPY_SIZES, "i32")},
-    constexprs=dict(WORD="int64", ALIGNED=16, CONTIGUOUS=False, BLOCK=2048),
+    signature={"table": "*i64", "copies": "i32"},
+    constexprs=dict(WORD="int64", ALIGNED=16, BLOCK=2048),
 )
 KERNELS = {
     "gemm, blocks": _GEMM,
@@ -163,9 +163,17 @@ KERNELS = {
         constexprs={"CHUNK": 2048},
     ),
     "copy, runs": _COPY,
-    "copy, bytes": replace(
+    "copy, rows": replace(
         _COPY,
-        constexprs=dict(WORD="int8", ALIGNED=1, CONTIGUOUS=True, BLOCK=4096),
+        path="kernels.strided_copy:_copy_rows_kernel",
+        signature={"table": "*i64", **dict.fromkeys(_COPY_SIZES, "i32")},
+    ),
+    "copy, bytes": replace(_COPY, constexprs=dict(WORD="int8", ALIGNED=1, BLOCK=4096)),
+    "sums": replace(
+        _COPY,
+        path="kernels.group_sums:_sum_kernel",
+        signature={"table": "*i64", "sums": "*i64"},
+        constexprs={"BLOCK": 1024},
     ),
 }
 CASES = [pair for name, k in KERNELS.items() for pair in product([name], k.targets)]
