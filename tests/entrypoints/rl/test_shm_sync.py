@@ -46,7 +46,7 @@ REQUEST = {
     "return_token_ids": True,
 }
 # Longer than it takes to pause it.
-LONG_REQUEST = {**REQUEST, "max_tokens": 200}
+LONG_REQUEST = {**REQUEST, "prompt": PROMPT[:40], "max_tokens": 200}
 SCALE = "model.layers.0.mlp.experts.0.down_proj.weight_scale_inv"
 NORM = "model.norm.weight"
 
