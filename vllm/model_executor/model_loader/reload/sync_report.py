@@ -70,8 +70,9 @@ class Stopwatch:
         finally:
             spent = perf_counter() - start
             sizes = [max(layer.nbytes, 1) for layer in layers]
+            total = sum(sizes)
             for layer, size in zip(layers, sizes):
-                end = start + spent * size / sum(sizes)
+                end = start + spent * size / total
                 self.spans.setdefault(layer.name, []).append((start, end))
                 start = end
 
