@@ -4,6 +4,7 @@
 
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,11 @@ def assert_same_bytes(got: torch.Tensor, expected: torch.Tensor) -> None:
     )
 
 
+def addresses(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:
+    """Those of targets and of sources, [2, copies]."""
+    return np.array([[t.data_ptr() for t in each] for each in zip(*copies)])
+
+
 @pytest.mark.parametrize("start", [0, 1, 2, 4, 8, 16])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
@@ -65,22 +71,25 @@ def test_copies_what_torch_copies(shape, source, target, dtype, start):
         view.copy_(read)
     strides = [view.stride() for view in reversed(copies[0])]
     layout = Strided.of(shape, *strides, dtype.itemsize)
-    addresses = {t.data_ptr(): s.data_ptr() for t, s in copies}
-    copy_strided({layout: addresses}, DEVICE)
+    copy_strided({layout: addresses(copies)}, DEVICE)
     for (memory, _), wanted in zip(writes, expected):
         assert_same_bytes(memory, wanted)
 
 
-@pytest.mark.parametrize("run, addresses", [(16, {}), (0, {0: 0})])
-def test_nothing_to_copy_is_no_launch(run, addresses):
-    copy_strided({Strided(1, 1, run, 0, 0, 0, 0): addresses}, DEVICE)
+@pytest.mark.parametrize("run, copies", [(16, 0), (0, 1)])
+def test_nothing_to_copy_is_no_launch(run, copies):
+    layout = Strided(1, 1, run, 0, 0, 0, 0)
+    copy_strided({layout: np.zeros((2, copies), np.int64)}, DEVICE)
 
 
-def test_addresses_are_copied_as_they_are_aligned():
-    assert strided_copy._alignment([64, 16, 0]) == 16
-    assert strided_copy._alignment([64, 24]) == 8
-    assert strided_copy._alignment([64, 6]) == 2
-    assert strided_copy._alignment([64, 7]) == 1
+@pytest.mark.parametrize(
+    "run, addresses, aligned",
+    [(64, [16, 0], 16), (64, [24, 0], 8), (64, [0, 6], 2), (64, [7, 0], 1), (20, [], 4)],
+)
+def test_addresses_are_copied_as_they_are_aligned(run, addresses, aligned):
+    layout = Strided(1, 1, run, 0, 0, 0, 0)
+    addresses_2C = np.array(addresses, np.int64).reshape(2, -1)
+    assert strided_copy._alignment(layout, addresses_2C) == aligned
 
 
 def test_runs_of_any_size_are_copied_at_once():
@@ -88,7 +97,7 @@ def test_runs_of_any_size_are_copied_at_once():
     reads = [place([n], [n], 0, torch.uint8, n) for n in sizes]
     writes = [place([n], [n], 0, torch.uint8, n + 1) for n in sizes]
     batches = {
-        Strided(1, 1, n, 0, 0, 0, 0): {to.data_ptr(): source.data_ptr()}
+        Strided(1, 1, n, 0, 0, 0, 0): addresses([(to, source)])
         for n, (to, _), (source, _) in zip(sizes, writes, reads)
     }
     copy_strided(batches, DEVICE)

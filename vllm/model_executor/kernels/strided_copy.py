@@ -6,11 +6,11 @@ C - copies
 B - words that a program moves at a time
 """
 
-from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import reduce
 from operator import or_
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -31,65 +31,62 @@ _MAX_PROGRAMS_OF_COPY = 1 << 15
 
 
 def copy_strided(
-    batches: Mapping[Strided, Mapping[int, int]], device: torch.device
+    batches: Mapping[Strided, np.ndarray], device: torch.device
 ) -> None:
     """Copy between addresses of one device, on its current stream.
 
     Args:
-        batches: what is copied, and from where to where: the address of each source,
-            by that of the target; in bytes. Targets must not overlap.
+        batches: what is copied, and to where from where: addresses of targets and of
+            sources, [2, C] int64. Targets must not overlap.
         device: an accelerator, or the CPU in Triton's interpreter.
 
     """
-    runs: dict[int, list[tuple[int, Mapping[int, int]]]] = {}
-    for layout, addresses in batches.items():
-        if not addresses or not layout.outer * layout.rows * layout.row_bytes:
+    runs: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for layout, addresses_2C in batches.items():
+        if not addresses_2C.size or not layout.outer * layout.rows * layout.row_bytes:
             continue
-        aligned = _alignment([*layout[2:], *addresses, *addresses.values()])
+        aligned = _alignment(layout, addresses_2C)
         if layout.outer * layout.rows == 1:
-            runs.setdefault(aligned, []).append((layout.row_bytes, addresses))
+            runs.setdefault(aligned, []).append((layout.row_bytes, addresses_2C))
         else:
-            _copy_rows(layout, addresses, aligned, device)
+            _copy_rows(layout, addresses_2C, aligned, device)
     for aligned, batch in runs.items():
         _copy_runs(batch, aligned, device)
 
 
 def _copy_runs(
-    batch: list[tuple[int, Mapping[int, int]]], aligned: int, device: torch.device
+    batch: list[tuple[int, np.ndarray]], aligned: int, device: torch.device
 ) -> None:
     """Copy what is in one piece, whatever its size."""
     word = _WORDS[aligned]
     size = word.primitive_bitwidth // 8
-    targets, sources, words = array("q"), array("q"), array("q")
-    for run_bytes, addresses in batch:
-        targets.extend(addresses)
-        sources.extend(addresses.values())
-        words.extend([run_bytes // size] * len(addresses))
-    table_3C = _on_device(targets + sources + words, device)
+    addresses_2C = np.concatenate([addresses for _, addresses in batch], axis=1)
+    words = [run_bytes // size for run_bytes, _ in batch]
+    words_C = np.repeat(words, [addresses.shape[1] for _, addresses in batch])
+    table_3C = _on_device(np.vstack([addresses_2C, words_C]), device)
     block = _BYTES_OF_PROGRAM // size
     programs = min(triton.cdiv(max(words), block), _MAX_PROGRAMS_OF_COPY)
     with torch.cuda.device_of(table_3C):
-        _copy_runs_kernel[len(targets), programs](
-            table_3C, len(targets), WORD=word, ALIGNED=aligned, BLOCK=block
+        _copy_runs_kernel[table_3C.shape[1], programs](
+            table_3C, table_3C.shape[1], WORD=word, ALIGNED=aligned, BLOCK=block
         )
 
 
 def _copy_rows(
-    layout: Strided, addresses: Mapping[int, int], aligned: int, device: torch.device
+    layout: Strided, addresses_2C: np.ndarray, aligned: int, device: torch.device
 ) -> None:
     """Copy what is in many pieces."""
     word = _WORDS[aligned]
     size = word.primitive_bitwidth // 8
-    pairs = array("q", [*addresses, *addresses.values()])
-    table_2C = _on_device(pairs, device)
+    table_2C = _on_device(addresses_2C, device)
     run = layout.row_bytes // size
     block = min(_BYTES_OF_PROGRAM // size, triton.next_power_of_2(run))
     words = layout.outer * layout.rows * run
     programs = min(triton.cdiv(words, block), _MAX_PROGRAMS_OF_COPY)
     with torch.cuda.device_of(table_2C):
-        _copy_rows_kernel[len(addresses), programs](
+        _copy_rows_kernel[table_2C.shape[1], programs](
             table_2C,
-            len(addresses),
+            table_2C.shape[1],
             layout.rows,
             run,
             words,
@@ -100,13 +97,14 @@ def _copy_rows(
         )
 
 
-def _on_device(numbers: array, device: torch.device) -> torch.Tensor:
-    return torch.frombuffer(numbers, dtype=torch.int64).to(device, non_blocking=True)
+def _on_device(table: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(table).to(device, non_blocking=True)
 
 
-def _alignment(numbers: Iterable[int]) -> int:
-    """The largest power of two, 16 at most, that divides all of them."""
-    bits = reduce(or_, numbers, 16)
+def _alignment(layout: Strided, addresses_2C: np.ndarray) -> int:
+    """The largest power of two, 16 at most, that divides addresses, runs and strides."""
+    addresses = int(np.bitwise_or.reduce(addresses_2C, axis=None))
+    bits = reduce(or_, layout[2:], 16 | addresses)
     return bits & -bits
 
 

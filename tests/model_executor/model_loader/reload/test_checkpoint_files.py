@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.calls import TensorSpec
 from vllm.model_executor.model_loader.reload.checkpoint_files import CheckpointFile
 from vllm.model_executor.model_loader.reload.layer_order import in_order_of_layers
-from vllm.model_executor.model_loader.reload.plan import Copy, Route
+from vllm.model_executor.model_loader.reload.route import Copy, Route
 from vllm.model_executor.model_loader.reload.view import View
 
 inplace = pytest.importorskip("vllm.model_executor.model_loader.reload.inplace")

@@ -16,15 +16,11 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.model_executor.model_loader.reload.calls import TensorSpec
 from vllm.model_executor.model_loader.reload.copying import Copies
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
-from vllm.model_executor.model_loader.reload.plan import (
-    Copy,
-    Plan,
-    Route,
-    fingerprint,
-)
+from vllm.model_executor.model_loader.reload.plan import Plan, fingerprint
 from vllm.model_executor.model_loader.reload.planned import PlannedCopies
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
+from vllm.model_executor.model_loader.reload.route import Copy, Route
 from vllm.model_executor.model_loader.reload.routing import RouteRecorder
 from vllm.model_executor.model_loader.reload.staging import (
     StagedTensor,
@@ -86,8 +82,8 @@ def test_a_route_copies_what_its_loader_copied(load):
     complete: list[StagedTensor] = []
     planned = PlannedCopies(routes, [by_route], complete.append)
     assert planned.take("a", B) and planned.taken == 1
-    assert planned.layers() == {"layer" if by_loader.written else None: 1}
-    assert by_route.written == by_loader.written
+    assert planned.layers == {"layer" if by_loader.written else None: 1}
+    assert by_route.ledger.written == by_loader.ledger.written
     assert by_route.ledger.missing() == by_loader.ledger.missing()
     if by_loader.written:
         assert torch.equal(by_route.memory, by_loader.memory)
@@ -253,7 +249,7 @@ def test_a_list_is_copied_in_batches(make_model, cold_load, nan_memory, monkeypa
     launches: list[int] = []
 
     def launch(batches):
-        launches.append(sum(map(len, batches.values())))
+        launches.append(sum(each.shape[1] for each in batches.values()))
         copy_strided(batches, CPU)
 
     monkeypatch.setenv("VLLM_RELOAD_PLAN", "1")
@@ -273,13 +269,13 @@ def test_a_list_is_copied_in_batches(make_model, cold_load, nan_memory, monkeypa
 def test_of_a_tensor_that_is_repeated_in_a_list_the_last_counts():
     routes = record(staged(), whole, a=A)
     target = staged()
-    launches: list[dict[int, int]] = []
-    copies = Copies(lambda batches: launches.extend(batches.values()))
+    launches: list[list[list[int]]] = []
+    copies = Copies(lambda batches: launches.extend(b.tolist() for b in batches.values()))
     copies.put_off = True
     planned = PlannedCopies(routes, [target], lambda _: None, copies)
     assert planned.take("a", A) and planned.take("a", B)
     copies.flush()
-    assert launches == [{target.memory.data_ptr(): B.data_ptr()}]
+    assert launches == [[[target.memory.data_ptr()], [B.data_ptr()]]]
 
 
 @pytest.mark.parametrize("form", [iter, list])
@@ -308,17 +304,17 @@ def test_the_report_tells_which_way_tensors_went(
 
 
 def test_of_a_target_the_last_source_counts_also_where_the_first_was_put_off():
-    memory, launched = torch.zeros(4), []
+    memory = torch.zeros(4)
     view = View.whole((4,))
     spec = TensorSpec((4,), torch.float32)
     copy = Copy.of(("layer", "weight"), view, view, (), spec, torch.float32)
-    copies = Copies(lambda batches: launched.extend(batches.values()))
+    copies = Copies(lambda batches: copy_strided(batches, CPU))
     copies.put_off = True
     copies.add(copy, torch.ones(4), memory)
     copies.put_off = False
     copies.add(copy, torch.full((4,), 2.0), memory)
     copies.flush()
-    assert launched == [{}] and memory.tolist() == [2] * 4
+    assert memory.tolist() == [2] * 4
 
 
 def test_what_went_by_plan_counts_as_loaded(make_model, monkeypatch):

@@ -26,8 +26,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from .checkpoint_files import ByteRange, CheckpointFile, StoredTensor
 from .layer_order import in_order_of_layers
 from .layerwise import planned_routes
-from .plan import Route
 from .read_ahead import Wanted, read_ahead
+from .route import Route
 
 __all__ = ["CheckpointLoader", "get_model_loader"]
 

@@ -9,17 +9,18 @@ from collections.abc import Callable, Mapping
 from ctypes import memmove
 from functools import partial
 
+import numpy as np
 import torch
 
 from vllm.model_executor.kernels.strided import Strided
 from vllm.triton_utils import HAS_TRITON
 
-from .plan import Copy
+from .route import Copy
 
 __all__ = ["Copies", "batch_launcher"]
 
-# Copies by their shape: from source to target address, by target address.
-Batches = Mapping[Strided, Mapping[int, int]]
+# Copies by their shape: addresses of targets and of sources, [2, copies] int64.
+Batches = Mapping[Strided, np.ndarray]
 Launch = Callable[[Batches], None]
 
 # Of longer runs torch has its threads copy a share each.
@@ -58,31 +59,49 @@ class Copies:
         self.put_off = False
         self._launch = launch
         self._waiting: defaultdict[Strided, dict[int, int]] = defaultdict(dict)
+        self._runs: defaultdict[Strided, list[np.ndarray]] = defaultdict(list)
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether copies within a device are put off."""
+        return self.put_off and self._launch is not None
 
     def add(self, copy: Copy, tensor: torch.Tensor, memory: torch.Tensor) -> None:
         """Copy a part of `tensor` to a part of `memory`."""
         layout = copy.layout
         target = memory.data_ptr() + copy.target_bytes
         source = tensor.data_ptr() + copy.source_bytes
-        may_wait = self.put_off and self._launch is not None
-        if may_wait and layout and tensor.get_device() == memory.get_device():
+        on_device = tensor.get_device() == memory.get_device()
+        if self.can_wait and layout and on_device:
             self._waiting[layout][target] = source
             return
         # Of a repeated target the last source counts.
-        if layout and layout in self._waiting:
-            self._waiting[layout].pop(target, None)
+        if layout in self._waiting or layout in self._runs:
+            self.flush()
         if layout and _is_short(layout) and tensor.is_cpu and memory.is_cpu:
             memmove(target, source, layout.row_bytes)
         else:
             part = tensor if copy.source is None else copy.source.on(tensor)
             copy.target.on(memory.data).copy_(part)
 
+    def add_run(self, layout: Strided, targets: np.ndarray, sources: np.ndarray) -> None:
+        """Put off copies to what nothing was copied to, from and to these addresses."""
+        self._runs[layout].append(np.stack([targets, sources]))
+
     def flush(self) -> None:
         """Carry out what was put off."""
+        runs, self._runs = self._runs, defaultdict(list)
         waiting, self._waiting = self._waiting, defaultdict(dict)
-        if waiting:
+        # What came one by one may have come again, and the last counts.
+        ones = {layout: [_addresses(pairs)] for layout, pairs in waiting.items()}
+        for batches in filter(None, (runs, ones)):
             assert self._launch is not None
-            self._launch(waiting)
+            self._launch({k: np.concatenate(v, axis=1) for k, v in batches.items()})
+
+
+def _addresses(sources: Mapping[int, int]) -> np.ndarray:
+    """Addresses of targets and sources, [2, copies] int64; by those of the targets."""
+    return np.array([[*sources], [*sources.values()]], dtype=np.int64)
 
 
 def _is_short(layout: Strided) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .calls import LoaderCall, Sent
-from .plan import Copy, Route
+from .route import Copy, Route
 
 if TYPE_CHECKING:
     from .staging import StagedTensor

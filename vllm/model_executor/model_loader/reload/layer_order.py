@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from .plan import Route
+from .route import Route
 
 __all__ = ["in_order_of_layers"]
 

@@ -26,11 +26,11 @@ from .errors import WeightSyncError
 from .first_load import finish_recording, original_loader, start_recording
 from .meta import SKIP_LOAD_TENSORS
 from .online import OnlineLoad
-from .plan import Route
 from .processing import is_attention
 from .reach import SyncReach
 from .registry import LAYERWISE_INFO, get_layerwise_info
 from .rollback import Rollback
+from .route import Route
 from .status import ReloadStatus
 from .sync_report import SyncReport
 from .transaction import CommitPolicy, ModelReload, ReloadTransaction

@@ -6,11 +6,12 @@ A region is a box: a half-open interval of indices in each dimension. Writing a 
 twice changes nothing, so completion is coverage and never a count.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from math import gcd, prod
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 __all__ = ["Box", "Ledger", "boxes_of_view"]
@@ -80,7 +81,8 @@ class Ledger:
 
     Boxes of a tensor of three or more dimensions are kept by their index in the first
     dimension, the expert: a write then looks only at its own expert's boxes. What was
-    written is only noted, and subtracted when enough was noted to matter.
+    written is only noted, and subtracted when enough was noted to matter. Who knows the
+    numbers of owed boxes may note many at once.
 
     Args:
         owed: boxes to be written, possibly overlapping.
@@ -89,8 +91,8 @@ class Ledger:
 
     Attributes:
         overlapping: whether some elements are owed more than once; the last write wins.
-        written: what was written, in that order.
-        written_numel: how many elements that were; what came twice counts twice.
+        numbers: of what is owed, disjoint boxes that are numbered from 0.
+        written_numel: how many elements were written; what came twice counts twice.
 
     """
 
@@ -100,8 +102,10 @@ class Ledger:
         for box in owed:
             for lane, part in _lanes(box):
                 self._owe(lane, part)
-        self._boxes = {box for lane in self._owed.values() for box in lane}
-        self._total = sum(box.numel for box in self._boxes)
+        boxes = [box for lane in self._owed.values() for box in lane]
+        self.numbers: Mapping[Box, int] = {box: i for i, box in enumerate(boxes)}
+        self._numels = np.array([box.numel for box in boxes], dtype=np.int64)
+        self._total = sum(box.numel for box in boxes)
         self.overlapping = self._total < sum(box.numel for box in owed)
         # Of what is owed; shared by all ledgers that owe the same, once one asks.
         self._step_of_owed: list[int] = []
@@ -116,7 +120,9 @@ class Ledger:
         self._owed.setdefault(lane, {}).update(dict.fromkeys(fresh))
 
     def _begin(self) -> None:
-        self.written: list[Box] = []
+        self._noted: list[Box] = []
+        self._seen = np.zeros(len(self.numbers), dtype=np.bool_)
+        self._seen_count = 0
         self._open = self._owed
         self._open_numel = self._total
         self._settled = 0
@@ -132,22 +138,59 @@ class Ledger:
 
     def write(self, *boxes: Box) -> None:
         """Note that every element of these boxes was written."""
-        self.written += boxes
+        self._noted += boxes
         for box in boxes:
             self.written_numel += box.numel
 
+    def write_owed(self, numbers: np.ndarray) -> bool:
+        """Note that owed boxes were written, if each of them was for the first time.
+
+        Args:
+            numbers: of the boxes, [boxes] int64; see `numbers`.
+
+        Returns:
+            Whether that is noted: not if one comes twice, or parts of boxes did.
+
+        """
+        if self._noted or self._seen[numbers].any():
+            return False
+        self._seen[numbers] = True
+        if np.count_nonzero(self._seen) != self._seen_count + len(numbers):
+            self._seen[numbers] = False
+            return False
+        self._seen_count += len(numbers)
+        self.written_numel += int(self._numels[numbers].sum())
+        return True
+
+    @property
+    def written(self) -> list[Box]:
+        """What was written."""
+        seen = self._seen.tolist() if self._seen_count else ()
+        return [box for box, is_seen in zip(self.numbers, seen) if is_seen] + self._noted
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was written."""
+        return not (self._noted or self._seen_count)
+
     def _settle(self) -> None:
         """Subtract what was noted from what is owed."""
-        noted = self.written[self._settled :]
-        self._settled = len(self.written)
-        self._subtract_noted(noted)
+        if self._seen_count == len(self.numbers):
+            self._open, self._open_numel = {}, 0
+            self._as_owed = not self._noted
+        else:
+            self._settle_noted()
         self._due = self.written_numel + self._open_numel - self._slack
 
-    def _subtract_noted(self, noted: list[Box]) -> None:
+    def _settle_noted(self) -> None:
+        if self._seen_count:
+            self._noted, self._seen_count = self.written, 0
+        noted = self._noted[self._settled :]
+        self._settled = len(self._noted)
         if self._open is self._owed:
-            if self._boxes.issubset(noted):  # written as it was owed
+            if self.numbers.keys() <= set(noted):  # written as it was owed
                 self._open, self._open_numel = {}, 0
-                self._as_owed = len(noted) == len(self._boxes)
+                self._as_owed = len(noted) == len(self.numbers)
                 return
             self._open = {lane: dict(boxes) for lane, boxes in self._owed.items()}
         for box in noted:
@@ -172,7 +215,7 @@ class Ledger:
         if not self._as_owed:
             return _step_of(self.written)
         if not self._step_of_owed:
-            self._step_of_owed.append(_step_of(self._boxes))
+            self._step_of_owed.append(_step_of(self.numbers))
         return self._step_of_owed[0]
 
     def covers(self, tensor: torch.Tensor) -> bool:

@@ -11,89 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 
-from vllm.model_executor.kernels.strided import Strided
-
-from .calls import TensorSpec
-from .ledger import Box
 from .placement import ExpertPlacement
-from .view import View
+from .route import Route
+from .route_table import Owed, RouteTable
 
-__all__ = ["Copy", "Plan", "Route", "fingerprint"]
-
-_PLAIN = torch.Tensor.__torch_dispatch__
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A part of a checkpoint's tensor, and where a layer wants it.
-
-    Attributes:
-        tensor: names of the layer and of its tensor.
-        source: part of the checkpoint's tensor; None for all of it.
-        target: part of the layer's tensor in checkpoint format.
-        boxes: the same as boxes.
-        layout: what a kernel needs to know of it; None if it casts, or is no strided
-            copy.
-        source_bytes: where the part begins in the checkpoint's tensor.
-        target_bytes: where it begins in the layer's.
-
-    """
-
-    tensor: tuple[str, str]
-    source: View | None
-    target: View
-    boxes: tuple[Box, ...]
-    layout: Strided | None
-    source_bytes: int
-    target_bytes: int
-
-    @classmethod
-    def of(
-        cls,
-        tensor: tuple[str, str],
-        source: View,
-        target: View,
-        boxes: tuple[Box, ...],
-        spec: TensorSpec,
-        dtype: torch.dtype,
-    ) -> Copy:
-        """Describe a copy from a tensor of some shape and type to one of a type."""
-        size = dtype.itemsize
-        layout = None
-        if spec.dtype == dtype:
-            layout = _strided(target.shape, source.stride, target.stride, size)
-        offsets = source.offset * spec.dtype.itemsize, target.offset * size
-        whole = None if source == View.whole(spec.shape) else source
-        return cls(tensor, whole, target, boxes, layout, *offsets)
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """What becomes of one name.
-
-    Attributes:
-        spec: shape and type of its tensor, which is contiguous.
-        copies: what is copied; nothing of a tensor that this rank has no use for.
-
-    """
-
-    spec: TensorSpec
-    copies: tuple[Copy, ...]
-
-    def fits(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor may take this route."""
-        spec = self.spec
-        return (
-            tensor.shape == spec.shape
-            and tensor.dtype is spec.dtype
-            and tensor.is_contiguous()
-            # A subclass with operators of its own may have no memory of its own.
-            and type(tensor).__torch_dispatch__ is _PLAIN
-        )
+__all__ = ["Plan", "fingerprint"]
 
 
 @dataclass
@@ -108,6 +33,14 @@ class Plan:
 
     layout: object = None
     routes: dict[str, Route] = field(default_factory=dict)
+    _table: RouteTable | None = None
+
+    # Made once, for all syncs that owe the same.
+    def table_for(self, owed: Owed) -> RouteTable:
+        """Return the table of the routes, for a sync that owes these boxes."""
+        if self._table is None or not self._table.fits(owed):
+            self._table = RouteTable(self.routes, owed)
+        return self._table
 
     def routes_for(self, layout: object) -> dict[str, Route]:
         """Return the routes, if they were recorded for this layout."""
@@ -119,6 +52,8 @@ class Plan:
             self.routes.clear()
         self.layout = layout
         self.routes |= routes
+        if routes:
+            self._table = None
 
 
 def fingerprint(
@@ -147,14 +82,3 @@ def _has_map(layer: torch.nn.Module) -> bool:
     """Whether a layer has an expert map; most have none, and take long to say so."""
     own = "expert_map" in vars(layer) or "expert_map" in layer._buffers
     return own or hasattr(type(layer), "expert_map")
-
-
-@lru_cache(maxsize=1024)
-def _strided(
-    shape: tuple[int, ...],
-    source: tuple[int, ...],
-    target: tuple[int, ...],
-    itemsize: int,
-) -> Strided | None:
-    """One object for all experts, which stays in the processor's cache."""
-    return Strided.of(shape, source, target, itemsize)

@@ -95,19 +95,26 @@ def prepare_layer(
             nor made by processing goes back to its create-time value.
 
     """
-    left_behind = list(_aliases_left_behind(staged))
-    shadow = _shadow_of(staged, children, renew)
+    # Only processing needs the default device, which costs more than it all.
+    with torch._C.DisableTorchFunction():
+        left_behind = list(_aliases_left_behind(staged))
+        shadow = _shadow_of(staged, children, renew)
     process_quantized(shadow.layer)
     if is_attention(staged.layer) and model_config is not None:
         process_attention(shadow.layer, model_config)
+    with torch._C.DisableTorchFunction():
+        commit = _pair(staged, shadow, renew)
+        commit.copies += left_behind
+    return shadow, commit
+
+
+def _pair(staged: StagedLayer, shadow: Shadow, renew: bool) -> Commit:
     after = shadow.layer._buffers
     created = get_layerwise_info(staged.layer).created if renew else {}
     written = {name for name, tensor in staged.buffers.items() if tensor.written}
     touched = shadow.buffers.touched(after)
     keep = after.keys() - written - set(touched) - created.keys()
-    commit = prepare_commit(staged.name, shadow, keep)
-    commit.copies += left_behind
-    return shadow, commit
+    return prepare_commit(staged.name, shadow, keep)
 
 
 def _aliases_left_behind(

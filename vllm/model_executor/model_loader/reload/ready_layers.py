@@ -24,11 +24,14 @@ class ReadyLayers:
     Args:
         layers: all layers of the sync.
 
+    Attributes:
+        limit: bytes of memory that they may hold together.
+
     """
 
     def __init__(self, layers: Sequence[StagedLayer]):
         largest = max((layer.nbytes for layer in layers), default=0)
-        self._limit = largest * _SHARE
+        self.limit = largest * _SHARE
         self._waiting: dict[StagedLayer, None] = {}
 
     def add(self, layer: StagedLayer) -> None:
@@ -37,7 +40,7 @@ class ReadyLayers:
     @property
     def are_enough(self) -> bool:
         """Whether they hold too much memory to wait for more."""
-        return sum(layer.nbytes for layer in self._waiting) > self._limit
+        return sum(layer.nbytes for layer in self._waiting) > self.limit
 
     def take(self) -> list[StagedLayer]:
         """Return those that wait, in the order in which they were added."""

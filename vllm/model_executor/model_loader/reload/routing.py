@@ -12,7 +12,7 @@ import torch
 
 from .calls import TensorSpec
 from .ledger import Box
-from .plan import Copy, Route
+from .route import Copy, Route
 from .view import View
 
 if TYPE_CHECKING:

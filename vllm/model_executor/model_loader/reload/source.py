@@ -45,7 +45,8 @@ class Source:
     ):
         self.name: str | None = None
         self.error: BaseException | None = None
-        self._is_list = isinstance(weights, list | tuple)
+        self._list = weights if isinstance(weights, list | tuple) else None
+        self._place = 0  # in the list
         self._weights = iter(weights)
         self._recorder = recorder
         self._planned = planned
@@ -59,8 +60,8 @@ class Source:
             Whether there is one without.
 
         """
-        skip = self._skip_in_list if self._is_list else self._skip_one
-        self._planned.copies.put_off = self._is_list
+        skip = self._skip_one if self._list is None else self._skip_in_list
+        self._planned.copies.put_off = self._list is not None
         while skip():
             self._on_loaded()
         self._planned.copies.flush()
@@ -71,14 +72,23 @@ class Source:
         complete = self._planned.completed
         # A default device, say, is a mode of its own, and costs more than a copy.
         with torch._C.DisableTorchFunction():
-            for name, tensor in self._weights:
-                self.name, self._tensor = name, tensor
-                if not self._planned.take(name, tensor):
+            while self._planned.completed == complete:
+                if not self._take_from_list():
                     return False
-                if self._planned.completed != complete:
-                    return True
-        self._tensor = None
-        return False
+        return True
+
+    def _take_from_list(self) -> bool:
+        """Stage a run, or else one tensor; false if none is left, or has a route."""
+        assert self._list is not None
+        start, self.name, self._tensor = self._place, None, None
+        self._place = self._planned.take_run(self._list, start)
+        if self._place > start:
+            return True
+        if start == len(self._list):
+            return False
+        self.name, self._tensor = self._list[start]
+        self._place += 1
+        return self._planned.take(self.name, self._tensor)
 
     def _skip_one(self) -> bool:
         sent = self._next()

@@ -112,15 +112,15 @@ class StagedTensor:
         return f"{self.layer}.{self.name}".removeprefix(".")
 
     @property
-    def written(self) -> list[Box]:
-        """The boxes that this sync wrote."""
-        return self.ledger.written
+    def written(self) -> bool:
+        """Whether this sync wrote any of it."""
+        return not self.ledger.untouched
 
     def learn(self) -> None:
         """Take what this sync wrote for what the next one owes."""
         if self.written:
             self.first_load.take_over(self.calls)
-            boxes = sorted(set(self.written), key=lambda box: box.start)
+            boxes = sorted(set(self.ledger.written), key=lambda box: box.start)
             self.first_load.owed = Ledger(boxes)
 
     def check_repeated(self, view: torch.Tensor, source: object) -> None:

@@ -26,7 +26,7 @@ from .copying import Copies, batch_launcher
 from .errors import Finding, WeightSyncError
 from .first_plan import first_routes
 from .placement import expert_placements
-from .plan import Plan, Route, fingerprint
+from .plan import Plan, fingerprint
 from .planned import PlannedCopies
 from .pristine import Shadow
 from .processing import (
@@ -40,6 +40,7 @@ from .reach import SyncReach
 from .ready_layers import ReadyLayers
 from .registry import get_layerwise_info
 from .rollback import Rollback
+from .route import Route
 from .routing import RouteRecorder
 from .source import Source, Weights
 from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode, close
@@ -211,18 +212,24 @@ class ReloadTransaction:
             reload.plan.take_over(first_routes(self._layers_of), self._layout)
             for tensor in self._layers_of:
                 tensor.first_load.forget_routes()
-        routes = {}
-        if envs.VLLM_RELOAD_PLAN:
-            routes = reload.plan.routes_for(self._layout)
-        devices = {tensor.device for tensor in self._layers_of}
-        copies = Copies(batch_launcher(devices.pop()) if len(devices) == 1 else None)
-        self._planned = PlannedCopies(routes, self._layers_of, self._mode.touch, copies)
-        self._claimed: dict[Place, torch.Tensor] = {}
         self._ready = ReadyLayers(self._layers)
+        self._planned = self._planned_copies(reload.plan)
+        self._claimed: dict[Place, torch.Tensor] = {}
         self._loading = False
         self._model_processed = False
         self._failure: str | None = None
         self._ending = Ending()
+
+    def _planned_copies(self, plan: Plan) -> PlannedCopies:
+        tensors = list(self._layers_of)
+        routes, table = {}, None
+        if envs.VLLM_RELOAD_PLAN:
+            routes = plan.routes_for(self._layout)
+            table = plan.table_for({t.key: t.ledger.numbers for t in tensors})
+        devices = {tensor.device for tensor in tensors}
+        copies = Copies(batch_launcher(devices.pop()) if len(devices) == 1 else None)
+        touch, limit = self._mode.touch, self._ready.limit
+        return PlannedCopies(routes, tensors, touch, copies, table, limit)
 
     @property
     def is_open(self) -> bool:
@@ -389,7 +396,7 @@ class ReloadTransaction:
             log = logger.info if self._failure is None else logger.warning
             log("%s", report.summary)
             if envs.VLLM_RELOAD_REPORT:
-                counts = self._planned.layers(), self._recorder.layers
+                counts = self._planned.layers, self._recorder.layers
                 rows = report_layers(self._layers, self._times, *counts)
                 sums = self._reload.checksums
                 whole = replace(report, layers=rows, checksums=sums)
