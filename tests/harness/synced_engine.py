@@ -13,6 +13,7 @@ The engine's core and its worker are in that process too, so parameters can be r
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ __all__ = ["Answer", "GRAPHS", "SyncedEngine", "start_engine"]
 # The first is longer than a block of the KV cache, so that its prefix is cached.
 PROMPTS = ([3, 1, 4, 1, 5] * 30, [2, 7, 1, 8] * 5, [6, 6])
 NEW_TOKENS = 16 if torch.cuda.is_available() else 4
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 240
 # How the model runs: each step in one CUDA graph, or as many as there are pieces
 # between attention layers; no code is generated, which could differ between engines.
 GRAPHS = {
@@ -87,14 +88,14 @@ class Setup:
 
 
 class SyncedEngine:
-    """The engine, seen from the test; it starts with the first call."""
+    """The engine, seen from the test; the first call waits until it has started.
+
+    A call that takes too long raises `TimeoutError`.
+    """
 
     def __init__(self, process: ProcessPoolExecutor, setup: Setup):
         self._process, self._setup = process, setup
-
-    def begin(self) -> Future:
-        """Let it start, and do not wait for it."""
-        return self._submit("addresses")
+        self._started = self._submit("addresses")
 
     def post(self, route: str, body: dict[str, Any]) -> None:
         """Ask what a trainer asks of a server, by the same names.
@@ -133,6 +134,7 @@ class SyncedEngine:
         self._call("wake_up", list(tags) or None)
 
     def _call(self, method: str, *args: Any) -> Any:
+        self._started.result(TIMEOUT_SECONDS)  # or why it did not start
         return self._submit(method, *args).result(TIMEOUT_SECONDS)
 
     def _submit(self, method: str, *args: Any) -> Future:
@@ -149,8 +151,13 @@ def start_engine(model: Path, backend: str, graphs: str) -> Iterator[SyncedEngin
         graphs: A key of `GRAPHS`.
     """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+    process = ProcessPoolExecutor(1, mp_context=spawn)
+    identity = process.submit(os.getpid)
+    try:
         yield SyncedEngine(process, Setup(str(model), backend, graphs))
+    finally:
+        os.kill(identity.result(), signal.SIGKILL)  # it may hang
+        process.shutdown()
 
 
 def _run(setup: Setup, method: str, *args: Any) -> Any:

@@ -180,7 +180,7 @@ class _Weights:
 
     def _wait(self) -> None:
         if next(iter(self.tensors.values())).is_cuda:
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
 
 
 def _ask(pipe: Connection, route: str, body: dict[str, Any]) -> None:
