@@ -110,14 +110,13 @@ def over_http(server: Server) -> Post:
 
 
 def _json_of(body: dict[str, Any]) -> dict[str, Any]:
-    """Put handles the way in which vLLM's own trainers do: JSON has no bytes."""
-    info = dict(body.get("update_info", {}))
-    if not info:
+    """Put handles as vLLM's own trainers do: JSON has no bytes."""
+    info = body.get("update_info")
+    if info is None:
         return body
-    handles = pickle.dumps(info.pop("ipc_handles"))
-    info.pop("ipc_handles_pickled", None)
-    info["ipc_handles_pickled"] = base64.b64encode(handles).decode()
-    return {"update_info": info}
+    pickled = base64.b64encode(pickle.dumps(info["ipc_handles"])).decode()
+    rest = {key: value for key, value in info.items() if key != "ipc_handles"}
+    return {"update_info": {**rest, "ipc_handles_pickled": pickled}}
 
 
 def status_of(act: Callable[..., Any], *args: Any) -> int:
@@ -160,6 +159,7 @@ def test_a_trainer_that_is_killed_changes_nothing(running, trainer, request):
 
         with pytest.raises(TrainerGoneError):
             killed.sync(B, post)
+    assert ask(server) == running.fresh[A]
     assert status_of(trainer.sync, B, over_http(server)) == 409
     assert server.post("abort_weight_update", {}).status_code == 200
     trainer.sync(B, over_http(server))
