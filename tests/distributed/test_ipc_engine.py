@@ -6,6 +6,7 @@ What a GPU has to show: `tests/entrypoints/rl/test_trainer_process.py`.
 """
 
 import base64
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch
 from tests.checkpoints import CASES, write_checkpoint
 from tests.harness import memory, stand_ins
 from tests.harness.cuda_stand_in import shared_memory_of_a_gpu
-from tests.harness.ipc_sender import send_by_ipc
+from tests.harness.ipc_sender import json_of, send_by_ipc
 from tests.harness.models import Built, build, single_rank
 from tests.harness.snapshot import assert_same, snapshot
 from vllm.config import VllmConfig, WeightTransferConfig
@@ -39,8 +40,11 @@ PACKED_BYTES = pytest.mark.parametrize("packed_bytes", [0, 1 << 20])
 
 @pytest.fixture(scope="module")
 def rank() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine threads wait long for each other
     with single_rank():
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -121,6 +125,20 @@ def test_memory_may_be_written_over_once_a_chunk_is_answered(make_model, packed_
             send_by_ipc(dict(CASE.tensors(seed)), ask, packed_bytes)
             assert_same(snapshot(built.model), cold[seed])
     assert gpu.shared
+
+
+@PACKED_BYTES
+def test_handles_come_as_json(make_model, packed_bytes, monkeypatch):
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    built = make_model(A)
+    worker = Worker(built)
+
+    def ask(route: str, body: dict[str, Any]) -> None:
+        worker.ask(route, json.loads(json.dumps(json_of(body))))
+
+    with shared_memory_of_a_gpu():
+        send_by_ipc(dict(CASE.tensors(B)), ask, packed_bytes)
+    assert_same(snapshot(built.model), snapshot(make_model(B).model))
 
 
 @PACKED_BYTES

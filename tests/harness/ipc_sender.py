@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Send tensors through vLLM's own CUDA IPC backend, as a trainer of either API does."""
 
+import base64
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 
 from vllm.distributed.weight_transfer import ipc_engine
 
-__all__ = ["Client", "send_by_ipc"]
+__all__ = ["Client", "json_of", "send_by_ipc"]
 
 Ask = Callable[[str, dict[str, Any]], None]
 
@@ -77,3 +79,16 @@ def _send_before_032(
         ),
     )
     client.finish_weight_update()
+
+
+def json_of(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the body of a request as HTTP carries it, handles as a pickle.
+
+    vLLM's own trainers do the same, but send no key.
+    """
+    info = body.get("update_info")
+    if info is None:
+        return body
+    pickled = base64.b64encode(pickle.dumps(info["ipc_handles"])).decode()
+    rest = {key: value for key, value in info.items() if key != "ipc_handles"}
+    return {"update_info": {**rest, "ipc_handles_pickled": pickled}}

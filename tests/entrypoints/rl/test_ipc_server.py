@@ -6,8 +6,6 @@ Two servers, one of each checkpoint. The first is synced, and must answer as the
 did when it had loaded its own.
 """
 
-import base64
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import requests
 import torch
 
 from tests.checkpoints import CASES, write_checkpoint
+from tests.harness.ipc_sender import json_of
 from tests.harness.server import Server, starting
 from tests.harness.synced_engine import PROMPTS
 from tests.harness.trainer_process import (
@@ -102,21 +101,11 @@ def over_http(server: Server) -> Post:
     """What a trainer asks, asked with the key."""
 
     def post(route: str, body: dict[str, Any]) -> None:
-        answer = server.post(route, _json_of(body))
+        answer = server.post(route, json_of(body))
         if not answer.ok:
             raise requests.HTTPError(answer.text, response=answer)
 
     return post
-
-
-def _json_of(body: dict[str, Any]) -> dict[str, Any]:
-    """Put handles as vLLM's own trainers do: JSON has no bytes."""
-    info = body.get("update_info")
-    if info is None:
-        return body
-    pickled = base64.b64encode(pickle.dumps(info["ipc_handles"])).decode()
-    rest = {key: value for key, value in info.items() if key != "ipc_handles"}
-    return {"update_info": {**rest, "ipc_handles_pickled": pickled}}
 
 
 def status_of(act: Callable[..., Any], *args: Any) -> int:
@@ -168,7 +157,7 @@ def test_a_trainer_that_is_killed_changes_nothing(running, trainer, request):
 
 def test_a_key_is_asked_for(running, trainer):
     def post(route: str, body: dict[str, Any]) -> None:
-        answer = running.server.post(route, _json_of(body), key="wrong")
+        answer = running.server.post(route, json_of(body), key="wrong")
         answer.raise_for_status()
 
     assert status_of(trainer.sync, B, post) == 401
