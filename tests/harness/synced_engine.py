@@ -40,6 +40,8 @@ GRAPHS = {
 VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Engines start beside each other, and on a busy machine threads wait long.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 GPU_OPTIONS = dict(
@@ -175,6 +177,7 @@ def _run(setup: Setup, method: str, *args: Any) -> Any:
 @cache
 def _engine(setup: Setup) -> "_Engine":
     os.environ.update(VARIABLES)
+    torch.set_num_threads(1)
     return _Engine(setup.options())
 
 
