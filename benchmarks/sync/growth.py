@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Times syncs of the fork as models and buckets grow, and many in a row.
 
-    python -m benchmarks.sync.growth --out build/growth.json --picture build/growth.png
+    python -m benchmarks.sync.growth --out build/growth.json
 
 A sync should cost as much a tensor in a large model as in a small one, and as much the
 hundredth time as the second.
@@ -17,16 +17,12 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses import FakeTensorMode
 
 from benchmarks.sync.__main__ import SideProcess
 from benchmarks.sync.workload import MODELS, Workload
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 MIB = 1 << 20
 # What is varied, and its values; all else is the model's.
@@ -35,7 +31,6 @@ SWEEPS = {
     "experts": (16, 32, 64, 128, 256),
     "bucket": tuple(mib * MIB for mib in (1, 4, 16, 64, 256, 1024)),
 }
-LABELS = {"bucket": "bytes of the bucket", "history": "sync"}
 Row = dict[str, Any]
 
 
@@ -97,27 +92,6 @@ def table(result: dict[str, list[Row]]) -> Table:
     return table
 
 
-def draw(result: dict[str, list[Row]], picture: Path) -> None:
-    """Draw microseconds a tensor over each of what was varied."""
-    figure, panels = plt.subplots(
-        1, len(result), figsize=(3.5 * len(result), 3.2), squeeze=False
-    )
-    for panel, (what, rows) in zip(panels[0], result.items()):
-        panel.set(xlabel=LABELS.get(what, what), ylabel="microseconds a tensor")
-        if what == "history":
-            (row,) = rows
-            costs = [seconds / row["tensors"] * 1e6 for seconds in row["seconds"]]
-            panel.plot(range(2, len(costs) + 2), costs, ".", color="0.2")
-        else:
-            costs = [median(row["seconds"]) / row["tensors"] * 1e6 for row in rows]
-            panel.plot([row[what] for row in rows], costs, "o-", color="0.2")
-            panel.set_xscale("log", base=2)
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=150)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="narrow")
@@ -128,7 +102,6 @@ def main() -> None:
     sweeps = [*SWEEPS, "history"]
     parser.add_argument("--sweeps", nargs="+", choices=sweeps, default=sweeps)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     layers, *sizes = MODELS[options.model]
     workload = Workload(options.layers or layers, *sizes, options.bucket)
@@ -138,8 +111,6 @@ def main() -> None:
         result[what] = list(rows)
         if options.out is not None:
             options.out.write_text(json.dumps(result, indent=2) + "\n")
-    if options.picture is not None:
-        draw(result, options.picture)
     Console(width=110).print(table(result))
 
 

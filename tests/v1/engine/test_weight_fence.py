@@ -47,6 +47,11 @@ class Worker:
             version = self.model.status.version + 1
             self.model.status = ReloadStatus("serving", version)
 
+    finish_weight_update = sync
+
+    def abort_weight_update(self) -> None:
+        pass
+
     def half_a_sync(self) -> None:
         version = self.model.status.version
         self.model.status = ReloadStatus("updating", version, REASON, fenced=True)
@@ -72,7 +77,7 @@ class Executor:
     def sleep(self, level: int) -> None:
         self.is_sleeping = True
         for worker in self.workers if level == 2 else ():
-            worker.model.status = ReloadStatus("inconsistent", 0, "asleep", fenced=True)
+            worker.model.status = ReloadStatus("inconsistent", 0, "dropped", False)
 
     def wake_up(self, tags=None) -> None:
         self.is_sleeping = False
@@ -358,6 +363,27 @@ def test_weights_that_a_sleep_dropped_are_fenced_after_waking_up():
     (output,) = refusals(core)
     assert output.request_id == "waiting"
     assert not core.scheduler.requests
+    core.collective_rpc("abort_weight_update")
+    with pytest.raises(WeightsInconsistentError, match="dropped"):
+        core.weight_fence.check()
+    core.collective_rpc("finish_weight_update")
+    core.weight_fence.check()
+
+
+@pytest.mark.parametrize("asleep", [(), ("kv_cache",)])
+def test_dropped_weights_may_come_by_another_road(asleep):
+    core = make_core()
+    core.sleep(level=2)
+    core.model_executor.sleeping_tags = {"weights", "kv_cache"}
+    core.collective_rpc("harmless", args=(1,))  # it cannot write to what is asleep
+    core.model_executor.sleeping_tags = set(asleep)
+    if not asleep:
+        core.wake_up()
+        with pytest.raises(WeightsInconsistentError, match="dropped"):
+            core.weight_fence.check()
+    core.collective_rpc("harmless", args=(1,))
+    core.wake_up()
+    core.weight_fence.check()
 
 
 @pytest.mark.parametrize("level", [1, 2])

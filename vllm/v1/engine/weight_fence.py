@@ -75,6 +75,14 @@ WRITING_RPCS = frozenset(
     }
 )
 
+# RPCs that leave the weights as they are, or bring them by a sync that says so.
+SYNC_RPCS = WRITING_RPCS | {
+    "abort_weight_update",
+    "init_weight_transfer_engine",
+    "sent_checksums",
+    "weight_update_reach",
+}
+
 # An executor that lost a worker ends the others, and says "cancelled".
 WORKER_GONE = (
     "The RPC {method} failed: the process of a worker is gone, and this engine ends "
@@ -101,7 +109,9 @@ class WeightFence:
         self._weights = EngineWeightState()
         self._refusal: str | None = None
         self._next_name: str | None = None
+        # Weights that a sleep dropped: to be asked for, and known to be gone.
         self._dropped = False
+        self._gone = False
 
     def observe(self, states: Sequence[tuple[ReloadStatus, ...]]) -> None:
         """Take in the weights' states of all workers, in order of rank.
@@ -112,6 +122,7 @@ class WeightFence:
 
         """
         before, self._weights = self._weights, self._weights.after(states)
+        self._gone = self._gone and self._weights.lost is not None
         name, self._next_name = self._next_name, None
         self._move()
         try:
@@ -204,22 +215,38 @@ class WeightFence:
             SyncConflictError: they are asleep.
 
         """
-        asleep = getattr(self._core.model_executor, "sleeping_tags", ())
-        if method in WRITING_RPCS and "weights" in asleep:
+        if method in WRITING_RPCS and self._weights_sleep:
             raise SyncConflictError(
                 f"the weights are asleep; call wake_up, with tags=weights to leave the "
                 f"rest asleep, before {method}"
             )
+
+    def note_road(self, method: str | Callable) -> None:
+        """Note an RPC that may have brought weights which a sleep had dropped.
+
+        Nobody can tell whether it did: they are served again.
+        """
+        if method not in SYNC_RPCS and not self._weights_sleep:
+            self._dropped = self._gone = False
 
     def resume(self) -> None:
         """Ask for the state of the weights if sleep dropped them, and act on it."""
         if self._core.model_executor.is_sleeping:
             return
         if self._dropped:
-            self._dropped = False
+            self._dropped, self._gone = False, True
             self.observe(self._core.model_executor.collective_rpc(weight_states))
         self._move()
         self._tell()
+
+    @property
+    def _weights_sleep(self) -> bool:
+        return "weights" in getattr(self._core.model_executor, "sleeping_tags", ())
+
+    @property
+    def _reason(self) -> str | None:
+        """Why the weights must not be served; None if they may."""
+        return self._weights.reason or (self._weights.lost if self._gone else None)
 
     @property
     def _version(self) -> int:
@@ -238,10 +265,10 @@ class WeightFence:
         Requests that wait meet no weights. These may be complete before they need to
         wait no longer, so the fence does not go up.
         """
-        if self._weights.reason is None:
+        if self._reason is None:
             self._take_down()
         elif not self._requests_wait():
-            self._put_up(REFUSAL.format(reason=self._weights.reason))
+            self._put_up(REFUSAL.format(reason=self._reason))
 
     def _tell(self) -> None:
         self.feed.tell(self._version, self._refusal is not None)
@@ -325,6 +352,7 @@ def fenced_rpc(collective_rpc: CoreMethod) -> CoreMethod:
             if getattr(core.model_executor, "is_failed", False):
                 raise RuntimeError(WORKER_GONE.format(method=method)) from error
             raise
+        core.weight_fence.note_road(method)
         core.weight_fence.feed.note_replies(replies)
         core.weight_fence.observe([reply.states for reply in replies])
         return results_of(replies, method)

@@ -19,6 +19,8 @@ class EngineWeightState:
         mixture: why a rank's own weights must not be served; None if they may.
         split: which ranks' weights do not belong together; None if all do.
         updating: whether a sync is open on any rank.
+        lost: why a rank has no whole weights; None if all have. They may be served all
+            the same, such as dummy weights.
 
     """
 
@@ -26,6 +28,7 @@ class EngineWeightState:
     mixture: str | None = None
     split: str | None = None
     updating: bool = False
+    lost: str | None = None
 
     @property
     def reason(self) -> str | None:
@@ -45,6 +48,7 @@ class EngineWeightState:
             _mixture(states),
             self._split_after(versions),
             any(state.state == "updating" for models in states for state in models),
+            _lost(states),
         )
 
     def committed_since(self, earlier: "EngineWeightState") -> bool:
@@ -72,6 +76,11 @@ class EngineWeightState:
             f"new weights were committed on {sum(committed)} of {len(committed)} ranks,"
             f" but not on rank {', '.join(behind)}"
         )
+
+
+def _lost(states: Sequence[tuple[ReloadStatus, ...]]) -> str | None:
+    inconsistent = (s for models in states for s in models if s.state == "inconsistent")
+    return next((state.detail for state in inconsistent), None)
 
 
 def _mixture(states: Sequence[tuple[ReloadStatus, ...]]) -> str | None:
