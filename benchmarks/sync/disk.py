@@ -10,6 +10,9 @@ The page cache forgets the file before each. The kinds of work:
     sync        reload the model from it
     warm sync   the same again: what a sync costs when nothing has to be read
     as stored   a sync of what the base's loader reads, in the order of the file
+
+Processor time is told beside the clock's, and the load of the machine: other work on
+its cores and its disk lengthens the one and hardly the other.
 """
 
 import argparse
@@ -40,7 +43,8 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
-Seconds = dict[str, list[float]]
+# By the clock and of processors.
+Seconds = dict[str, list[tuple[float, float]]]
 
 
 def write(case: Case, folder: Path) -> Path:
@@ -87,10 +91,11 @@ def sync_as_stored(built: Built) -> None:
         finalize_layerwise_reload(model, vllm_config.model_config)
 
 
-def seconds(call: Callable[..., None], *arguments: object) -> float:
-    start = time.perf_counter()
+def seconds(call: Callable[..., None], *arguments: object) -> tuple[float, float]:
+    """What a call takes, by the clock and of processors, those of programs included."""
+    start, used = time.perf_counter(), sum(os.times()[:4])
     call(*arguments)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, sum(os.times()[:4]) - used
 
 
 def measure(case: Case, folder: Path, repeats: int) -> tuple[int, Seconds]:
@@ -111,15 +116,23 @@ def measure(case: Case, folder: Path, repeats: int) -> tuple[int, Seconds]:
 
 
 def table(size: int, times: Seconds) -> Table:
-    """Medians of seconds, the least and the most of each, and rates."""
-    table = Table("", "s", "GB/s", "of dd")
+    """Medians, the least and the most of each, rates, and processor time.
+
+    What is told in parts of `dd` is compared round by round, as a disk that others use
+    changes from one to the next.
+    """
+    table = Table("", "s", "GB/s", "of dd", "processor s")
     for kind, measured in times.items():
-        spread = f"{median(measured):.2f} ({min(measured):.2f} to {max(measured):.2f})"
-        share = median(times["dd"]) / median(measured)
-        table.add_row(
-            kind, spread, f"{size / median(measured) / 1e9:.2f}", f"{share:.2f}"
-        )
+        clock = [seconds for seconds, _ in measured]
+        shares = [dd / one for (dd, _), one in zip(times["dd"], clock)]
+        rate = f"{size / median(clock) / 1e9:.2f}"
+        used = spread([used for _, used in measured])
+        table.add_row(kind, spread(clock), rate, spread(shares), used)
     return table
+
+
+def spread(values: list[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:
@@ -142,9 +155,13 @@ def main() -> None:
     ):
         stand_ins.install(patch)
         size, times = measure(workload.case, Path(folder), options.repeats)
+    load = os.getloadavg()
     Console().print(table(size, times))
+    Console().print("load of the machine: {:.1f}, {:.1f}, {:.1f}".format(*load))
     if options.out is not None:
-        result = dict(workload=workload.arguments, bytes=size, seconds=times)
+        result = dict(
+            workload=workload.arguments, bytes=size, seconds=times, load=load
+        )
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

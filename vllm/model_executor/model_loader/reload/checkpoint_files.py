@@ -10,6 +10,7 @@ between: whoever publishes a checkpoint should write new files and rename them.
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm.model_executor.model_loader.safetensors_header import read_header
 
+from . import mapped_pages
 from .errors import WeightSyncError
 
 __all__ = ["ByteRange", "CheckpointFile", "StoredTensor"]
@@ -33,8 +35,11 @@ class CheckpointFile:
 
         with CheckpointFile(path) as file:
             for stored in file.tensors:
-                file.read_ahead(stored, (0, stored.nbytes))
+                start, stop = stored.start, stored.start + stored.nbytes
+                file.read_ahead(start, stop)    # asks for it
+                file.fault_in(start, stop)      # waits for it
                 tensor = file.map(stored)
+                file.release(start, stop)       # when it was used
 
     Args:
         path: where it is.
@@ -53,7 +58,8 @@ class CheckpointFile:
         try:
             self._opened = _identity(os.fstat(self._file.fileno()))
             self.tensors = self._stored()
-            self._mapped = safe_open(path, framework="pt")
+            self._types = safe_open(path, framework="pt")
+            self._pages = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, ValueError) as error:
             self._file.close()
             raise WeightSyncError(
@@ -79,16 +85,38 @@ class CheckpointFile:
 
     def map(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor on the file's pages."""
-        return self._mapped.get_tensor(stored.name)
+        like = self._types.get_tensor(stored.name)
+        if not stored.nbytes:
+            return like
+        whole = dict(dtype=like.dtype, count=like.numel(), offset=stored.start)
+        return torch.frombuffer(self._pages, **whole).view(like.shape)
 
-    def read_ahead(self, stored: StoredTensor, part: ByteRange) -> None:
-        """Ask the system to read bytes of a tensor, and do not wait for them."""
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Ask the system to read bytes of the file, and do not wait for them."""
         if not hasattr(os, "posix_fadvise"):
             return
-        start, stop = (stored.start + offset for offset in part)
         for block in range(start, stop, _BLOCK_BYTES):
             size = min(_BLOCK_BYTES, stop - block)
             os.posix_fadvise(self._file.fileno(), block, size, os.POSIX_FADV_WILLNEED)
+
+    def fault_in(self, start: int, stop: int) -> None:
+        """Wait until bytes of the file are in memory, and mapped.
+
+        Raises:
+            WeightSyncError: they cannot be read.
+
+        """
+        try:
+            mapped_pages.fault_in(self._pages, start, stop)
+        except OSError as error:
+            raise WeightSyncError(
+                f"bytes {start} to {stop} of {self.path} cannot be read: {error}; sync "
+                "again from files that nobody writes to, and look at the disk"
+            ) from error
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go the memory of bytes that are not needed any more."""
+        mapped_pages.release(self._pages, start, stop)
 
     def check_unchanged(self, stored: StoredTensor) -> None:
         """Check that the path still leads to the file that was opened.
@@ -120,7 +148,7 @@ class CheckpointFile:
         self._file.close()
         # Tensors know their file: only a collection would free the mapping.
         self.tensors = []
-        del self._mapped
+        del self._types, self._pages
 
 
 @dataclass(frozen=True, slots=True)

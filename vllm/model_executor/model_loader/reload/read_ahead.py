@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Asking for what a sync will need next, while it copies what is there.
+"""Bringing to memory what a sync will need next, while it copies what is there.
 
-The system reads into its page cache, which it takes back when it needs memory.
+Files are mapped, and a first look at a page of a cold one waits for the disk. Threads
+look first, so that the one that loads finds the pages in place: they wait in the system
+and need no processor meanwhile. All of it is page cache, which the system takes back
+when it needs memory.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from .checkpoint_files import ByteRange, StoredTensor
+from .checkpoint_files import ByteRange, CheckpointFile, StoredTensor
 
 __all__ = ["Wanted", "read_ahead"]
 
 # Enough to let a disk work while a layer is committed.
 _BYTES_AHEAD = 128 << 20
+# What one thread waits for at a time, so much that handing it over costs nothing.
+_BATCH_BYTES = 8 << 20
+# Few wait for a processor, and many for a disk that answers late.
+_THREADS = 4
 
 
 class Wanted(NamedTuple):
@@ -36,17 +44,94 @@ class Wanted(NamedTuple):
         return sum(stop - start for start, stop in self.parts)
 
 
+class Span(NamedTuple):
+    """Bytes of a file, from `start` on and before `stop`."""
+
+    file: CheckpointFile
+    start: int
+    stop: int
+
+
+class Batch(NamedTuple):
+    """Tensors that are brought to memory together."""
+
+    tensors: list[Wanted]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(wanted.nbytes for wanted in self.tensors)
+
+    def spans(self) -> list[Span]:
+        """What is wanted of them; what lies side by side in a file is one."""
+        spans: list[Span] = []
+        for stored, parts in self.tensors:
+            for start, stop in parts:
+                span = Span(stored.file, stored.start + start, stored.start + stop)
+                if spans and spans[-1][::2] == span[:2]:
+                    span = Span(span.file, spans.pop().start, span.stop)
+                spans.append(span)
+        return spans
+
+    def bring(self) -> None:
+        """Bring them to memory; waits until they are there."""
+        spans = self.spans()
+        for file, start, stop in spans:
+            file.read_ahead(start, stop)
+        for file, start, stop in spans:
+            file.fault_in(start, stop)
+
+    def release(self) -> None:
+        """Count them no longer as memory of this process."""
+        for file, start, stop in self.spans():
+            file.release(start, stop)
+
+
 def read_ahead(tensors: Iterable[Wanted]) -> Iterator[StoredTensor]:
-    """Yield tensors in their order, when those that follow are on their way."""
-    asked: deque[Wanted] = deque()
-    ahead = 0
+    """Yield tensors in their order, their parts in memory and the next on their way.
+
+    A tensor is done with when the next one is asked for.
+
+    Raises:
+        WeightSyncError: a part cannot be read.
+
+    """
+    left = _batches(tensors)
+    coming: deque[tuple[Batch, Future[None]]] = deque()
+    pool = ThreadPoolExecutor(_THREADS, "read-ahead")
+    try:
+        _ask(pool, left, coming)
+        while coming:
+            batch, brought = coming[0]
+            brought.result()
+            for wanted in batch.tensors:
+                yield wanted.stored
+            batch.release()
+            coming.popleft()
+            _ask(pool, left, coming)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ask(
+    pool: ThreadPoolExecutor,
+    left: Iterator[Batch],
+    coming: deque[tuple[Batch, Future[None]]],
+) -> None:
+    """Let as much be on its way as may be."""
+    ahead = sum(batch.nbytes for batch, _ in coming)
+    while ahead < _BYTES_AHEAD and (batch := next(left, None)) is not None:
+        coming.append((batch, pool.submit(batch.bring)))
+        ahead += batch.nbytes
+
+
+def _batches(tensors: Iterable[Wanted]) -> Iterator[Batch]:
+    batch = Batch([])
+    size = 0
     for wanted in tensors:
-        for part in wanted.parts:
-            wanted.stored.file.read_ahead(wanted.stored, part)
-        asked.append(wanted)
-        ahead += wanted.nbytes
-        while ahead > _BYTES_AHEAD:
-            ahead -= asked[0].nbytes
-            yield asked.popleft().stored
-    while asked:
-        yield asked.popleft().stored
+        batch.tensors.append(wanted)
+        size += wanted.nbytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = Batch([]), 0
+    if batch.tensors:
+        yield batch
