@@ -159,9 +159,7 @@ def main() -> None:
     Console().print(table(size, times))
     Console().print("load of the machine: {:.1f}, {:.1f}, {:.1f}".format(*load))
     if options.out is not None:
-        result = dict(
-            workload=workload.arguments, bytes=size, seconds=times, load=load
-        )
+        result = dict(workload=workload.arguments, bytes=size, seconds=times, load=load)
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

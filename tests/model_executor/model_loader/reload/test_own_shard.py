@@ -212,18 +212,22 @@ def watched_files() -> Iterator[tuple[Parts, set[str]]]:
     """Note which bytes of which tensors are read, and which tensors are looked at."""
     parts: Parts = defaultdict(list)
     mapped: set[str] = set()
-    read_ahead, map_tensor = CheckpointFile.read_ahead, CheckpointFile.map
+    fault_in, map_tensor = CheckpointFile.fault_in, CheckpointFile.map
 
-    def noting_read(file, stored, part):
-        parts[stored.name].append(part)
-        read_ahead(file, stored, part)
+    def noting_read(file, start, stop):
+        for stored in file.tensors:
+            first, last = stored.start, stored.start + stored.nbytes
+            if start < last and first < stop:
+                part = max(start, first) - first, min(stop, last) - first
+                parts[stored.name].append(part)
+        fault_in(file, start, stop)
 
     def noting_map(file, stored):
         mapped.add(stored.name)
         return map_tensor(file, stored)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointFile, "read_ahead", noting_read)
+        patch.setattr(CheckpointFile, "fault_in", noting_read)
         patch.setattr(CheckpointFile, "map", noting_map)
         yield parts, mapped
 

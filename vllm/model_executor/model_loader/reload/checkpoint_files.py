@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm.model_executor.model_loader.safetensors_header import read_header
+from vllm.model_executor.model_loader.safetensors_header import HeaderEntry, read_header
 
 from . import mapped_pages
 from .errors import WeightSyncError
@@ -57,8 +58,8 @@ class CheckpointFile:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         try:
             self._opened = _identity(os.fstat(self._file.fileno()))
-            self.tensors = self._stored()
-            self._types = safe_open(path, framework="pt")
+            entries = self._entries()
+            self._dtypes = _dtypes(path, entries)
             self._pages = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, ValueError) as error:
             self._file.close()
@@ -68,28 +69,35 @@ class CheckpointFile:
         except BaseException:
             self._file.close()
             raise
+        self.tensors = [StoredTensor(self, entry) for entry in entries]
 
-    def _stored(self) -> list[StoredTensor]:
-        """Where each tensor is."""
+    def _entries(self) -> list[HeaderEntry]:
+        """Where each tensor is, in the order of the bytes."""
         size = os.fstat(self._file.fileno()).st_size
         entries = sorted(read_header(self._file), key=lambda entry: entry.start)
-        tensors = [StoredTensor(self, e.name, e.start, e.nbytes) for e in entries]
-        for stored in tensors:
-            stop = stored.start + stored.nbytes
+        for entry in entries:
+            stop = entry.start + entry.nbytes
             if stop > size:
                 raise WeightSyncError(
-                    f"{self.path} was cut short: {stored.name} ends at byte {stop}, "
+                    f"{self.path} was cut short: {entry.name} ends at byte {stop}, "
                     f"the file at {size}; write it again"
                 )
-        return tensors
+        return entries
 
     def map(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor on the file's pages."""
-        like = self._types.get_tensor(stored.name)
-        if not stored.nbytes:
-            return like
-        whole = dict(dtype=like.dtype, count=like.numel(), offset=stored.start)
-        return torch.frombuffer(self._pages, **whole).view(like.shape)
+        _, dtype, shape, start, nbytes = stored.entry
+        torch_dtype = self._dtypes[dtype]
+        # Under a default device these cost more than a copy.
+        with torch._C.DisableTorchFunction():
+            if nbytes == 0:
+                return torch.empty(shape, dtype=torch_dtype, device="cpu")
+            count = nbytes // torch_dtype.itemsize
+            flat = torch.frombuffer(
+                self._pages, dtype=torch_dtype, count=count, offset=start
+            )
+            # Of types that torch packs, the last dimension is shorter than stored.
+            return flat.view(*shape[:-1], -1) if shape else flat.view(())
 
     def read_ahead(self, start: int, stop: int) -> None:
         """Ask the system to read bytes of the file, and do not wait for them."""
@@ -110,8 +118,9 @@ class CheckpointFile:
             mapped_pages.fault_in(self._pages, start, stop)
         except OSError as error:
             raise WeightSyncError(
-                f"bytes {start} to {stop} of {self.path} cannot be read: {error}; sync "
-                "again from files that nobody writes to, and look at the disk"
+                f"the system cannot read bytes {start} to {stop} of {self.path}: it "
+                "was cut short meanwhile, or the disk fails; sync again from files "
+                "that nobody writes to"
             ) from error
 
     def release(self, start: int, stop: int) -> None:
@@ -148,7 +157,7 @@ class CheckpointFile:
         self._file.close()
         # Tensors know their file: only a collection would free the mapping.
         self.tensors = []
-        del self._types, self._pages
+        del self._pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +166,32 @@ class StoredTensor:
 
     Attributes:
         file: the file.
-        name: its name there.
-        start: its first byte there.
-        nbytes: how many bytes it has.
+        entry: what its header says of it.
 
     """
 
     file: CheckpointFile
-    name: str
-    start: int
-    nbytes: int
+    entry: HeaderEntry
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def start(self) -> int:
+        """Its first byte in the file."""
+        return self.entry.start
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.nbytes
+
+
+def _dtypes(path: str, entries: Iterable[HeaderEntry]) -> dict[str, torch.dtype]:
+    """What the library makes of the header's names of types; it checks the header."""
+    names = {entry.dtype: entry.name for entry in entries}
+    with safe_open(path, framework="pt") as opened:
+        return {dtype: opened.get_tensor(name).dtype for dtype, name in names.items()}
 
 
 def _identity(stat: os.stat_result) -> tuple[int, ...]:

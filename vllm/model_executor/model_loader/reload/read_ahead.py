@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .checkpoint_files import ByteRange, CheckpointFile, StoredTensor
@@ -52,14 +53,18 @@ class Span(NamedTuple):
     stop: int
 
 
-class Batch(NamedTuple):
-    """Tensors that are brought to memory together."""
+@dataclass(frozen=True)
+class Batch:
+    """Tensors that are brought to memory together.
+
+    Attributes:
+        tensors: the tensors.
+        nbytes: how much of them is wanted.
+
+    """
 
     tensors: list[Wanted]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(wanted.nbytes for wanted in self.tensors)
+    nbytes: int
 
     def spans(self) -> list[Span]:
         """What is wanted of them; what lies side by side in a file is one."""
@@ -125,13 +130,13 @@ def _ask(
 
 
 def _batches(tensors: Iterable[Wanted]) -> Iterator[Batch]:
-    batch = Batch([])
+    batch: list[Wanted] = []
     size = 0
     for wanted in tensors:
-        batch.tensors.append(wanted)
+        batch.append(wanted)
         size += wanted.nbytes
         if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = Batch([]), 0
-    if batch.tensors:
-        yield batch
+            yield Batch(batch, size)
+            batch, size = [], 0
+    if batch:
+        yield Batch(batch, size)
