@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.reload import (
     transaction,
 )
 from vllm.model_executor.model_loader.reload.calls import TensorSpec
-from vllm.model_executor.model_loader.reload.copying import Copies
+from vllm.model_executor.model_loader.reload.copying import Copies, copy_values
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
 from vllm.model_executor.model_loader.reload.plan import Plan, fingerprint
 from vllm.model_executor.model_loader.reload.planned import PlannedCopies
@@ -330,3 +330,23 @@ def test_what_went_by_plan_counts_as_loaded(make_model, monkeypatch):
             loaded.append(model.load_weights(list(case.tensors(2))))
             finalize_layerwise_reload(model, vllm_config.model_config)
     assert loaded[0] == loaded[1] == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bool])
+def test_values_of_one_byte_are_copied_bit_by_bit(dtype):
+    source = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    if dtype == torch.bool:
+        source = source % 2
+    target = torch.zeros(32, 16, dtype=torch.uint8)
+    copy_values(target.view(dtype)[::2].T, source.view(dtype))
+    assert torch.equal(target[::2], source.T)
+    assert not target[1::2].any()
+
+
+def test_values_of_another_type_are_cast():
+    target = torch.zeros(3)
+    copy_values(target, torch.tensor([1, 2, 3], dtype=torch.uint8))
+    assert target.tolist() == [1, 2, 3]
+    narrow = torch.zeros(3, dtype=torch.uint8)
+    copy_values(narrow, torch.tensor([True, False, True]))
+    assert narrow.tolist() == [1, 0, 1]

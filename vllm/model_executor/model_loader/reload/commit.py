@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .copying import copy_values
 from .errors import Finding, WeightSyncError
 from .objects import PLAIN, fields
 from .pristine import Shadow, ShadowPart
@@ -65,7 +66,7 @@ class Commit:
     @torch.no_grad()
     def apply(self) -> None:
         for live, new in self.copies:
-            live.data.copy_(new.data)
+            copy_values(live.data, new.data)
         for assignment in self.assignments:
             assignment.apply()
 

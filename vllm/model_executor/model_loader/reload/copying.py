@@ -17,7 +17,7 @@ from vllm.triton_utils import HAS_TRITON
 
 from .route import Copy
 
-__all__ = ["Copies", "batch_launcher"]
+__all__ = ["Copies", "batch_launcher", "copy_values"]
 
 # Copies by their shape: addresses of targets and of sources, [2, copies] int64.
 Batches = Mapping[Strided, np.ndarray]
@@ -82,7 +82,7 @@ class Copies:
             memmove(target, source, layout.row_bytes)
         else:
             part = tensor if copy.source is None else copy.source.on(tensor)
-            copy.target.on(memory.data).copy_(part)
+            copy_values(copy.target.on(memory.data), part)
 
     def add_run(
         self, layout: Strided, targets: np.ndarray, sources: np.ndarray
@@ -99,6 +99,16 @@ class Copies:
         for batches in filter(None, (runs, ones)):
             assert self._launch is not None
             self._launch({k: np.concatenate(v, axis=1) for k, v in batches.items()})
+
+
+def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor to another of its shape.
+
+    Torch's processors copy FP8 one value at a time, and bytes as many as fit.
+    """
+    if target.dtype == source.dtype and target.dtype.itemsize == 1:
+        target, source = target.view(torch.uint8), source.view(torch.uint8)
+    target.copy_(source)
 
 
 def _addresses(sources: Mapping[int, int]) -> np.ndarray:

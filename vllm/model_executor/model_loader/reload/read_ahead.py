@@ -24,8 +24,8 @@ __all__ = ["Wanted", "read_ahead"]
 _BYTES_AHEAD = 128 << 20
 # What one thread waits for at a time, so much that handing it over costs nothing.
 _BATCH_BYTES = 8 << 20
-# Few wait for a processor, and many for a disk that answers late.
-_THREADS = 4
+# One asks for more while the other waits.
+_THREADS = 2
 
 
 class Wanted(NamedTuple):
