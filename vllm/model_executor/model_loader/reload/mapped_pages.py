@@ -56,8 +56,8 @@ def _advise(pages: mmap.mmap, start: int, stop: int, advice: int) -> None:
         return
     start -= start % mmap.PAGESIZE
     first = ctypes.c_char.from_buffer(pages, start)  # raises behind the end
-    size = min(stop, len(pages)) - start
-    address, size = ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(size)
+    address = ctypes.c_void_p(ctypes.addressof(first))
+    size = ctypes.c_size_t(min(stop, len(pages)) - start)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.madvise(address, size, advice) and ctypes.get_errno() != EINVAL:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
