@@ -82,7 +82,24 @@ def test_a_box_that_is_owed_only_in_part_is_in_no_table():
     assert RouteTable({"a": route("mlp.0", (0, 0))}, owed).numbers == {}
 
 
-def test_a_table_is_made_again_when_routes_or_what_is_owed_change():
+def test_a_table_that_grows_is_the_one_that_is_made_at_once():
+    owed = {t.key: t.ledger.numbers for t in layers()}
+    names = list(ROUTES)
+    grown = RouteTable({name: ROUTES[name] for name in names[:5]}, owed)
+    grown.add({"mlp.0.0.0": ROUTES["both"], "mlp.0.0.1": ROUTES["elsewhere"]}, owed)
+    assert "mlp.0.0.0" not in grown.numbers
+    grown.add(ROUTES, owed)
+    for name, number in (made := table(layers())).numbers.items():
+        at = grown.numbers[name]
+        assert grown.kinds[at] == made.kinds[number]
+        assert grown.copies[at] == made.copies[number]
+        assert grown.distinct[grown.kind_R[at]] == grown.kinds[at]
+        for column in ("box_R", "source_R", "target_R"):
+            assert getattr(grown, column)[at] == getattr(made, column)[number]
+    assert grown.numbers.keys() == made.numbers.keys()
+
+
+def test_a_table_grows_with_routes_and_is_made_again_when_more_changes():
     plan = Plan()
     owed = {t.key: t.ledger.numbers for t in layers()}
     plan.take_over(dict(ROUTES), "layout")
@@ -91,12 +108,14 @@ def test_a_table_is_made_again_when_routes_or_what_is_owed_change():
     assert plan.table_for(dict(owed)) is first
     plan.take_over({"new": route("mlp.0", (2, 1))}, "layout")
     second = plan.table_for(owed)
-    assert "new" in second.numbers
+    assert second is first and "new" in second.numbers
     others = {k: {b: 5 - i for b, i in numbers.items()} for k, numbers in owed.items()}
     third = plan.table_for(others)
     name = "mlp.0.0.0"
     boxes = [t.box_R[t.numbers[name]] for t in (second, third)]
     assert boxes[0] != boxes[1]
+    plan.take_over({"new": route("mlp.0", (2, 1))}, "another layout")
+    assert plan.table_for(others).numbers.keys() == {"new"}
 
 
 @st.composite

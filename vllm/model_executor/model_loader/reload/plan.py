@@ -34,12 +34,16 @@ class Plan:
     layout: object = None
     routes: dict[str, Route] = field(default_factory=dict)
     _table: RouteTable | None = None
+    _not_in_table: dict[str, Route] = field(default_factory=dict)
 
     # Made once, for all syncs that owe the same.
     def table_for(self, owed: Owed) -> RouteTable:
         """Return the table of the routes, for a sync that owes these boxes."""
         if self._table is None or not self._table.fits(owed):
             self._table = RouteTable(self.routes, owed)
+        else:
+            self._table.add(self._not_in_table, owed)
+        self._not_in_table = {}
         return self._table
 
     def routes_for(self, layout: object) -> dict[str, Route]:
@@ -50,10 +54,10 @@ class Plan:
         """Add what a complete sync recorded."""
         if layout != self.layout:
             self.routes.clear()
+            self._table = None
         self.layout = layout
         self.routes |= routes
-        if routes:
-            self._table = None
+        self._not_in_table |= routes
 
 
 def fingerprint(

@@ -105,6 +105,7 @@ class PlannedCopies:
         numbers: list[int] = []
         sources: list[int] = []
         current, size, stop = None, 0, start
+        device = weights[start][1].get_device() if start < len(weights) else -1
         for stop in range(start, len(weights)):
             name, tensor = weights[stop]
             number = number_of(name)
@@ -115,6 +116,7 @@ class PlannedCopies:
                 tensor.shape != shape
                 or tensor.dtype is not dtype
                 or not tensor.is_contiguous()
+                or tensor.get_device() != device
                 or type(tensor).__torch_dispatch__ is not PLAIN_DISPATCH
             ):
                 break
@@ -164,7 +166,8 @@ class PlannedCopies:
         if staged.closed:
             return False
         memory = staged.materialize()
-        if {weights[i][1].get_device() for i in at} != {memory.get_device()}:
+        # All tensors of a run are on one device.
+        if weights[at[0]][1].get_device() != memory.get_device():
             return False
         if not staged.ledger.write_owed(table.box_R[numbers]):
             return False

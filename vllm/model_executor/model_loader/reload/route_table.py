@@ -66,22 +66,31 @@ class RouteTable:
 
     def __init__(self, routes: Mapping[str, Route], owed: Owed):
         self._owed: dict[tuple[str, str], Mapping[Box, int]] = {}
+        self._places: dict[Kind, int] = {}
+        self._columns_4R = np.empty((4, 0), dtype=np.int64)
         self.numbers: dict[str, int] = {}
         self.kinds: list[Kind] = []
         self.copies: list[Copy | None] = []
-        places: dict[Kind, int] = {}
+        self.distinct: list[Kind] = []
+        self.add(routes, owed)
+
+    def add(self, routes: Mapping[str, Route], owed: Owed) -> None:
+        """Add routes, each in place of an earlier one of its name."""
         rows: list[tuple[int, int, int, int]] = []
         for name, route in routes.items():
+            self.numbers.pop(name, None)
             row = self._row(route, owed)
             if row is not None:
-                kind, number, source, target = row
-                place = places.setdefault(kind, len(places))
-                self.numbers[name] = len(rows)
-                rows.append((place, number, source, target))
-        self.distinct = list(places)
-        self.kinds = [self.distinct[place] for place, *_ in rows]
-        columns_4R = np.array(rows, dtype=np.int64).reshape(-1, 4).T.copy()
-        self.kind_R, self.box_R, self.source_R, self.target_R = columns_4R
+                kind, box, source, target = row
+                place = self._places.setdefault(kind, len(self._places))
+                if place == len(self.distinct):
+                    self.distinct.append(kind)
+                self.numbers[name] = len(self.kinds)
+                self.kinds.append(self.distinct[place])
+                rows.append((place, box, source, target))
+        added_4R = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+        self._columns_4R = np.hstack([self._columns_4R, added_4R])
+        self.kind_R, self.box_R, self.source_R, self.target_R = self._columns_4R
 
     def _row(self, route: Route, owed: Owed) -> tuple[Kind, int, int, int] | None:
         """Kind and numbers of a route; None if it is none of this table."""

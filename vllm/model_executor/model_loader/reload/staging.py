@@ -331,18 +331,24 @@ class StagedLayer:
         params = {name: tensor.meta for name, tensor in self.params.items()}
         return params, {name: tensor.meta for name, tensor in self.buffers.items()}
 
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return (*self.params, *self.buffers)
+
     def show(self) -> None:
         """Show the staged tensors to loaders, in place of those that serve."""
         state = self.layer.__dict__
         if self._hidden is not None:
             return
         params, staged = self._metas
-        self._hidden = {name: state[name] for name in ("_parameters", "_buffers")}
-        live = {n: b for n, b in state["_buffers"].items() if n not in params}
+        buffers = state["_buffers"]
+        self._hidden = {"_parameters": state["_parameters"], "_buffers": buffers}
         # Plain attributes that processing put where a tensor was created hide it.
-        for name in state.keys() & (params.keys() | staged.keys()):
-            self._hidden[name] = state.pop(name)
-        state.update(_parameters=dict(params), _buffers={**live, **staged})
+        for name in self._names:
+            if name in state:
+                self._hidden[name] = state.pop(name)
+        live = {n: b for n, b in buffers.items() if n not in params} if buffers else {}
+        state["_parameters"], state["_buffers"] = dict(params), live | staged
 
     @property
     def is_shown(self) -> bool:
