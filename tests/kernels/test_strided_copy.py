@@ -84,7 +84,13 @@ def test_nothing_to_copy_is_no_launch(run, copies):
 
 @pytest.mark.parametrize(
     "run, addresses, aligned",
-    [(64, [16, 0], 16), (64, [24, 0], 8), (64, [0, 6], 2), (64, [7, 0], 1), (20, [], 4)],
+    [
+        (64, [16, 0], 16),
+        (64, [24, 0], 8),
+        (64, [0, 6], 2),
+        (64, [7, 0], 1),
+        (20, [], 4),
+    ],
 )
 def test_addresses_are_copied_as_they_are_aligned(run, addresses, aligned):
     layout = Strided(1, 1, run, 0, 0, 0, 0)

@@ -30,9 +30,7 @@ _BYTES_OF_PROGRAM = 1 << 14
 _MAX_PROGRAMS_OF_COPY = 1 << 15
 
 
-def copy_strided(
-    batches: Mapping[Strided, np.ndarray], device: torch.device
-) -> None:
+def copy_strided(batches: Mapping[Strided, np.ndarray], device: torch.device) -> None:
     """Copy between addresses of one device, on its current stream.
 
     Args:
@@ -102,7 +100,7 @@ def _on_device(table: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _alignment(layout: Strided, addresses_2C: np.ndarray) -> int:
-    """The largest power of two, 16 at most, that divides addresses, runs and strides."""
+    """The largest power of two up to 16 that divides addresses, runs and strides."""
     addresses = int(np.bitwise_or.reduce(addresses_2C, axis=None))
     bits = reduce(or_, layout[2:], 16 | addresses)
     return bits & -bits

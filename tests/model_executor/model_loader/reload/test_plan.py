@@ -270,7 +270,9 @@ def test_of_a_tensor_that_is_repeated_in_a_list_the_last_counts():
     routes = record(staged(), whole, a=A)
     target = staged()
     launches: list[list[list[int]]] = []
-    copies = Copies(lambda batches: launches.extend(b.tolist() for b in batches.values()))
+    copies = Copies(
+        lambda batches: launches.extend(b.tolist() for b in batches.values())
+    )
     copies.put_off = True
     planned = PlannedCopies(routes, [target], lambda _: None, copies)
     assert planned.take("a", A) and planned.take("a", B)

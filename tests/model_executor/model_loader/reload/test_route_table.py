@@ -106,7 +106,9 @@ def sent(draw) -> list[tuple[str, torch.Tensor]]:
     weights = []
     for name in draw(st.lists(names, max_size=20)):
         tensor = torch.full(SPEC.shape, float(draw(st.integers(0, 3))))
-        form = draw(st.sampled_from(["plain"] * 5 + ["grad", "columns", "long", "half"]))
+        form = draw(
+            st.sampled_from(["plain"] * 5 + ["grad", "columns", "long", "half"])
+        )
         weights.append((name, FORMS[form](tensor)))
     return weights
 
@@ -121,7 +123,7 @@ FORMS = {
 
 
 def stage(weights, tensors, copies, in_runs: bool, limit: float):
-    """Stage what has a route; what became of each, and in which order it was complete."""
+    """Stage what has a route; what became of each, and in which order all was there."""
     complete: list[StagedTensor] = []
     rest = (table(tensors), limit) if in_runs else ()
     planned = PlannedCopies(ROUTES, tensors, complete.append, copies, *rest)

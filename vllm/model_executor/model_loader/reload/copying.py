@@ -84,7 +84,9 @@ class Copies:
             part = tensor if copy.source is None else copy.source.on(tensor)
             copy.target.on(memory.data).copy_(part)
 
-    def add_run(self, layout: Strided, targets: np.ndarray, sources: np.ndarray) -> None:
+    def add_run(
+        self, layout: Strided, targets: np.ndarray, sources: np.ndarray
+    ) -> None:
         """Put off copies to what nothing was copied to, from and to these addresses."""
         self._runs[layout].append(np.stack([targets, sources]))
 

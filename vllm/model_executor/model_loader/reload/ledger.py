@@ -166,7 +166,9 @@ class Ledger:
     def written(self) -> list[Box]:
         """What was written."""
         seen = self._seen.tolist() if self._seen_count else ()
-        return [box for box, is_seen in zip(self.numbers, seen) if is_seen] + self._noted
+        return [
+            box for box, is_seen in zip(self.numbers, seen) if is_seen
+        ] + self._noted
 
     @property
     def untouched(self) -> bool:

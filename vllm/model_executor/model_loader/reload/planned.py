@@ -87,9 +87,7 @@ class PlannedCopies:
         self.layers[route.copies[0].tensor[0] if route.copies else None] += 1
         return True
 
-    def take_run(
-        self, weights: Sequence[tuple[str, torch.Tensor]], start: int
-    ) -> int:
+    def take_run(self, weights: Sequence[tuple[str, torch.Tensor]], start: int) -> int:
         """Stage tensors of a list, up to where a layer may be complete.
 
         Does what `take` does with each of them; the Python that all of them need is run
