@@ -65,10 +65,10 @@ class Packed:
 
 
 @contextmanager
-def bucket_of_a_trainer() -> Iterator[SharedMemory]:
+def bucket_of_a_trainer(size: int = BUCKET_BYTES) -> Iterator[SharedMemory]:
     """Make a bucket, and free it in the end."""
     name = f"{PREFIX}{uuid4().hex}"
-    bucket = SharedMemory(name, create=True, size=BUCKET_BYTES)
+    bucket = SharedMemory(name, create=True, size=size)
     try:
         yield bucket
     finally:

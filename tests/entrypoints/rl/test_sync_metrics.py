@@ -20,6 +20,7 @@ from prometheus_client.samples import Sample
 from examples.rl.shm_trainer import Trainer
 from examples.rl.weight_checksums import differing
 from tests.checkpoints import CASES, write_checkpoint
+from tests.harness.completion import choice_of
 from tests.harness.server import KEY, Server, starting
 
 CASE = CASES["qwen3_moe-fp8_block"]
@@ -197,10 +198,7 @@ def test_the_dashboard_shows_what_the_server_has(server, trainer):
 
 def ask(server: Server, body: dict = REQUEST) -> dict:
     """Return the choice of a completion."""
-    response = server.post("v1/completions", body)
-    assert response.status_code == 200, response.text
-    (choice,) = response.json()["choices"]
-    return choice
+    return choice_of(server.post("v1/completions", body))
 
 
 def spans_of(choice: dict) -> list[tuple[str, list[int]]]:
