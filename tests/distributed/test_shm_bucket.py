@@ -30,6 +30,7 @@ def test_both_sides_see_the_same_bytes(segment):
 
 def test_a_bucket_outlives_its_trainer():
     made = SharedMemory(f"{PREFIX}{uuid4().hex}", create=True, size=4096)
+    assert made.buf is not None
     made.buf[0] = 7
     bucket = Bucket(made.name)
     made.close()

@@ -74,6 +74,7 @@ def update(engine, info: Any) -> None:
 
 
 def write(segment: SharedMemory, values: list[float]) -> None:
+    assert segment.buf is not None
     segment.buf[8:16] = torch.tensor(values).numpy().tobytes()
 
 

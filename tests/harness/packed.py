@@ -55,6 +55,7 @@ class Packed:
 
     def write(self, bucket: SharedMemory) -> dict[str, Any]:
         """Fill the bucket, and return the request."""
+        assert bucket.buf is not None
         bucket.buf[: len(self.data)] = self.data
         return {"update_info": {"segment": bucket.name, **self.lists}}
 

@@ -263,7 +263,7 @@ def test_old_weights_answer_until_the_commit_and_no_request_is_lost(server, trai
         stop = Event()
         asking = [pool.submit(ask_until, stop, server) for _ in range(3)]
         long = pool.submit(ask, server, LONG_REQUEST)
-        during = []
+        during: list[list[tuple[str, list[int]]]] = []
         trainer.sync(watched(CASE.tensors(B), during, server), "b")
         ask(server)
         stop.set()

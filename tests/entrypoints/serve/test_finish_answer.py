@@ -28,7 +28,7 @@ def answer_after(reaches: list, ended: dict | None = None) -> dict:
     client = SimpleNamespace(collective_rpc=rpc, last_weight_sync=last)
     state = SimpleNamespace(engine_client=client)
     request = SimpleNamespace(app=SimpleNamespace(state=state))
-    answer = asyncio.run(tells_of_the_sync(finish)(raw_request=request))
+    answer: JSONResponse = asyncio.run(tells_of_the_sync(finish)(raw_request=request))
     return json.loads(answer.body)
 
 

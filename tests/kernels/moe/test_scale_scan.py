@@ -43,7 +43,7 @@ def expected(name: str, scale: torch.Tensor) -> ScaleFaults | None:
         return None
     index = tuple(bad.nonzero()[0].tolist())
     counts = (int(kind.sum()) for kind in (nan, infinite, negative, zero))
-    return ScaleFaults(name, *counts, index, values[index].item())
+    return ScaleFaults(name, *counts, index=index, value=values[index].item())
 
 
 def assert_found(scales: dict[str, torch.Tensor]) -> None:

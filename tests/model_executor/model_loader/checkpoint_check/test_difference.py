@@ -30,7 +30,7 @@ def sync(tmp_path):
         change(tensors)
         save_file(tensors, after / FILE)
         opened = (open_checkpoint(str(folder)) for folder in (before, after))
-        return check_sync(*opened, passed_on)
+        return check_sync(*opened, progress=passed_on)
 
     return report
 

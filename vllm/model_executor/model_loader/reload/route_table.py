@@ -70,7 +70,7 @@ class RouteTable:
         self.kinds: list[Kind] = []
         self.copies: list[Copy | None] = []
         places: dict[Kind, int] = {}
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[tuple[int, ...]] = []
         for name, route in routes.items():
             row = self._row(route, owed)
             if row is not None:
