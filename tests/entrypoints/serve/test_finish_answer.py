@@ -15,12 +15,16 @@ from vllm.entrypoints.serve.finish_answer import tells_of_the_sync
 def answer_after(reaches: list, ended: dict | None = None) -> dict:
     """Finish an update of which the workers tell this, and the engine core that."""
 
+    last_call = "finish_weight_update"
+
     async def rpc(method: str) -> list:
+        nonlocal last_call
         assert method == "weight_update_reach"
+        last_call = method
         return reaches
 
     async def last() -> dict | None:
-        return ended
+        return ended if last_call == "finish_weight_update" else None
 
     async def finish(raw_request) -> JSONResponse:
         return JSONResponse({"message": "finished"})

@@ -32,8 +32,10 @@ def tells_of_the_sync(finish: Finish) -> Finish:
     async def telling(**arguments: Any) -> JSONResponse:
         answer = await finish(**arguments)
         client = arguments["raw_request"].app.state.engine_client
+        # First, because it is the one that the last call of the workers has ended.
+        sync = await client.last_weight_sync()
         told = _reach(await client.collective_rpc("weight_update_reach"))
-        if (sync := await client.last_weight_sync()) is not None:
+        if sync is not None:  # else the transfer engine makes no report
             told["sync"] = sync
         return JSONResponse({**json.loads(bytes(answer.body)), **told})
 
