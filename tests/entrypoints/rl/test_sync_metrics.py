@@ -3,7 +3,6 @@
 """What a running server tells of weight syncs: series, pauses and who answered."""
 
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+import regex as re
 import requests
 import torch
 from prometheus_client.parser import text_string_to_metric_families

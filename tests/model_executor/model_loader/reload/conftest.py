@@ -19,9 +19,15 @@ import torch
 
 from tests.checkpoints import Case, write_checkpoint
 from tests.harness import memory, stand_ins
+from tests.harness.kernels import import_kernels
 from tests.harness.models import Built, build, single_rank
 from tests.harness.snapshot import Snapshot, snapshot
 from tests.harness.threads import one_thread
+
+import_kernels(
+    "vllm.model_executor.kernels.group_sums",
+    "vllm.model_executor.kernels.strided_copy",
+)
 
 MakeModel = Callable[..., Built]
 ColdLoad = Callable[[Case, int], Snapshot]
