@@ -68,12 +68,12 @@ class Expert:
 
     @classmethod
     def random(cls, hidden: int, inter: int, scale_format: ScaleFormat) -> Self:
-        matrices = (
+        gate, up, down = (
             Fp8Matrix.random(*shape, scale_format)
             for shape in ((inter, hidden), (inter, hidden), (hidden, inter))
         )
         biases = tuple(torch.randn(n).bfloat16() for n in (inter, inter, hidden))
-        return cls(*matrices, biases=biases)
+        return cls(gate, up, down, biases)
 
 
 @dataclass(frozen=True)
