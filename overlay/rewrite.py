@@ -175,12 +175,12 @@ class Redirect(Action):
     def apply(self, module: cst.Module) -> cst.Module:
         changed = module.visit(self)
         if not self.found:
-            raise Misfit("no `from ... import` binds this name")
+            raise Misfit("no import binds this name")
         return changed
 
     def leave_SimpleStatementLine(self, original_node: Any, updated_node: Any) -> Any:
         statement = updated_node.body[0]
-        if not isinstance(statement, cst.ImportFrom):
+        if not isinstance(statement, cst.Import | cst.ImportFrom):
             return updated_node
         if isinstance(statement.names, cst.ImportStar):
             return updated_node

@@ -137,7 +137,7 @@ def _probe(module: torch.nn.Module) -> torch.Tensor | None:
     The product with the identity is exact: each sum has one term that is not zero.
     """
     cpu_linear = getattr(module, "cpu_linear", None)
-    if cpu_linear is None:
+    if cpu_linear in (None, torch.nn.functional.linear):  # which reads the parameter
         return None
     width = next(getattr(module, name) for name in _WIDTHS if hasattr(module, name))
     identity = torch.eye(width, dtype=torch.bfloat16)
@@ -194,5 +194,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of each element, uint8 [elements, bytes of one]."""
-    flat = tensor.contiguous().reshape(-1, 1)
-    return flat.view(torch.uint8)
+    flat = tensor.reshape(-1).contiguous()
+    # A single element may have any stride, and torch then refuses the view.
+    flat = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+    return flat.reshape(-1, tensor.element_size())

@@ -6,6 +6,9 @@ A kernel that the vLLM under test brings itself always comes first, so the layer
 fork with an emulation load into that emulation.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -64,6 +67,18 @@ def install(patch: pytest.MonkeyPatch) -> None:
     )
     if not _runs(_custom_ops.scaled_fp8_quant):
         patch.setattr(_custom_ops, "scaled_fp8_quant", _scaled_fp8_quant)
+
+
+@contextmanager
+def no_packing() -> Iterator[None]:
+    """Load layers into kernels that serve FP8 weights as checkpoints hold them.
+
+    A CPU with AMX packs them, which takes as much memory again while a layer is
+    processed.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        yield
 
 
 def _append_linear_kernels(patch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,10 @@ def test_redirect_leaves_the_other_names_of_the_import():
             "from base import (\n    a,\n    run,\n)\n",
             "from base import (\n    a,\n)\nfrom ours import run\n",
         ),
+        ("import run\n", "from ours import run\n"),
+        ("import a, run\n", "import a\nfrom ours import run\n"),
+        ("import base.fast as run\n", "from ours import run\n"),
+        ("import run\nimport run.fast\n", "from ours import run\nimport run.fast\n"),
     ],
 )
 def test_redirect_wherever_the_name_is_imported(before, after):

@@ -25,6 +25,7 @@ from examples.rl.shm_trainer import Trainer
 from tests.checkpoints import CASES, write_checkpoint
 from tests.harness.completion import PROMPT, REQUEST, Answer, ask
 from tests.harness.server import KEY, Server, refused, starting
+from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 
 CASE = CASES["qwen3_moe-fp8_block"]
 A, B = 1, 2
@@ -194,6 +195,11 @@ def test_a_wrong_key_changes_nothing(server, trainer, fresh_a):
         assert server.post(route, {}, key="wrong").status_code == 401
     assert refused(trainer.post, "finish_weight_update")[0] == 409
     assert ask(server) == fresh_a
+
+
+def test_the_client_of_the_base_sends_no_key(server, fresh_a):
+    status, _ = refused(HTTPVLLMWeightSyncClient(server.url).start_weight_update)
+    assert status == 401
 
 
 @pytest.mark.parametrize("segment", ["psm_1234abcd", "vllm-weights-none", "../x", 7])

@@ -83,6 +83,13 @@ def make_model(checkpoint, rank, monkeypatch) -> Iterator[MakeModel]:
     torch.set_default_dtype(dtype)
 
 
+@pytest.fixture
+def no_packing() -> Iterator[None]:
+    """Serve weights as checkpoints hold them; not for tests that use `cold_load`."""
+    with stand_ins.no_packing():
+        yield
+
+
 @pytest.fixture(scope="session")
 def cold_snapshots() -> dict[tuple[Case, int], Snapshot]:
     """The snapshots that `cold_load` has taken in this session."""

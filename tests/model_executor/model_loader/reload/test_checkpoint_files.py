@@ -109,7 +109,7 @@ def test_without_a_plan_the_base_reads(
 
 @pytest.mark.parametrize("kind", ["first", "later"])
 def test_in_any_order_of_files_a_sync_needs_one_layer(
-    kind, make_model, shards, monkeypatch
+    kind, no_packing, make_model, shards, monkeypatch
 ):
     monkeypatch.setenv("VLLM_RELOAD_COMMIT", "layer")
     large = replace(

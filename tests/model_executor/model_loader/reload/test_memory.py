@@ -67,7 +67,7 @@ class Trainer:
 
 
 @pytest.fixture
-def sync(make_model) -> Trainer:
+def sync(no_packing, make_model) -> Trainer:
     return Trainer(make_model(LARGE, seed=1))
 
 

@@ -268,7 +268,7 @@ def test_a_failed_rollback_fences_the_model(server, rollback, monkeypatch, cold_
     assert_same(server.serving(), cold_load(CASE, 2))
 
 
-def test_it_takes_the_bytes_of_the_committed_layers(make_server, rollback):
+def test_it_takes_the_bytes_of_the_committed_layers(no_packing, make_server, rollback):
     server = make_server("llama-bf16")
     sizes = {p.data_ptr(): p.nbytes for p in server.built.model.parameters()}
     server.start()

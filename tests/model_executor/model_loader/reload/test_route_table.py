@@ -123,7 +123,7 @@ FORMS = {
 
 
 def stage(weights, tensors, copies, in_runs: bool, limit: float):
-    """Stage what has a route; what became of each, and in which order all was there."""
+    """Stage what has a route; what became of each, and the order of completion."""
     complete: list[StagedTensor] = []
     rest = (table(tensors), limit) if in_runs else ()
     planned = PlannedCopies(ROUTES, tensors, complete.append, copies, *rest)

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from .bitwise import bytes_of
+
 __all__ = ["SentChecksums", "checksum"]
 
 # Fractional bits of the golden ratio, as a signed integer, and of the root of two.
@@ -70,7 +72,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
         A tensor [] of type int64. It refers to no memory of `tensor`.
 
     """
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    data = bytes_of(tensor)
     rows = CPU_ROWS if data.device.type == "cpu" else DEVICE_ROWS
     width = max(1, min(WORDS, -(-data.numel() // 8)))
     columns = _multipliers(0, width, COLUMN, data.device)

@@ -9,7 +9,9 @@ that the layer had when it was created, around the staged tensors.
 
 Copied with the layer are the helpers that processing changes, which are the objects
 that have a `process_weights_after_loading` of their own: quant methods, schemes,
-kernels, attention implementations. Everything else is shared with the live layer.
+kernels, attention implementations. Where these or the layer refer to a child of it, the
+shadow refers to the child's shadow, if there is one. Everything else is shared with the
+live layer.
 """
 
 from collections import OrderedDict
@@ -36,7 +38,7 @@ _MAX_COPIED_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class _Ref:
-    """Stands for a tensor, a helper or the layer itself inside frozen state."""
+    """Stands for a tensor, a helper, a child or the layer itself in frozen state."""
 
     key: int
 
@@ -130,6 +132,11 @@ class PristineLayer:
     def __init__(self, layer: torch.nn.Module, tensors: dict[str, torch.Tensor]):
         self._layer_key = id(layer)
         self._tensor_names = {id(tensor): name for name, tensor in tensors.items()}
+        self._child_names = {
+            id(child): name
+            for name, child in layer._modules.items()
+            if child is not None and not _is_helper(child)
+        }
         self._helpers: dict[int, _Helper] = {}
         own = {k: v for k, v in layer.__dict__.items() if k not in _REGISTRIES}
         self._state = self._freeze_all(own)
@@ -148,7 +155,7 @@ class PristineLayer:
         if type(value) in _PLAIN:
             return value
         key = id(value)
-        if key == self._layer_key or key in self._tensor_names:
+        if key == self._layer_key or key in self._tensor_names | self._child_names:
             return _Ref(key)
         if isinstance(value, MethodType) and id(value.__self__) == self._layer_key:
             return MethodType(value.__func__, _Ref(self._layer_key))
@@ -174,6 +181,8 @@ class PristineLayer:
         known: dict[int, Any] = {self._layer_key: shadow.layer}
         for key, name in self._tensor_names.items():
             known[key] = params.get(name, buffers.get(name))
+        for key, name in self._child_names.items():
+            known[key] = children.get(name, live._modules.get(name))
         thaw = _Thaw(self._helpers, known, shadow.parts)
         own = {name: thaw(value) for name, value in self._state.frozen.items()}
         helpers = {name: thaw(value) for name, value in self._modules.items()}

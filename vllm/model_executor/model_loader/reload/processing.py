@@ -3,6 +3,7 @@
 """Processing staged layers, aside from those that serve."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from .commit import Commit, pair_tensors, prepare_commit
 from .errors import Finding
@@ -23,8 +25,9 @@ from .staging import StagedLayer
 __all__ = [
     "is_attention",
     "is_processed",
+    "pair_layer",
     "prepare_as_staged",
-    "prepare_layer",
+    "process_layer",
     "process_quantized",
     "unservable",
 ]
@@ -79,33 +82,53 @@ def prepare_as_staged(staged: StagedLayer) -> Commit:
     return commit
 
 
-def prepare_layer(
+def process_layer(
     staged: StagedLayer,
-    model_config: ModelConfig | None,
-    children: Mapping[str, torch.nn.Module],
+    model_config: ModelConfig | None = None,
+    children: Mapping[str, torch.nn.Module] | None = None,
     renew: bool = False,
-) -> tuple[Shadow, Commit]:
-    """Process a staged layer aside, and pair the result with the layer that serves.
+    watching: AbstractContextManager | None = None,
+) -> Shadow:
+    """Process a staged layer aside.
 
     Args:
         staged: the layer, complete and not exposed.
         model_config: for attention layers, which process in the model's dtype.
-        children: processed shadows of its children, where they are not yet in service.
+        children: processed shadows of its children, where they are not yet in service;
+            an attention layer may change them.
         renew: whether nothing that serves is valid, so that what is neither loaded
             nor made by processing goes back to its create-time value.
+        watching: entered while the layer's quant method processes it.
 
     """
     # Only processing needs the default device, which costs more than it all.
     with torch._C.DisableTorchFunction():
-        left_behind = list(_aliases_left_behind(staged))
-        shadow = _shadow_of(staged, children, renew)
-    process_quantized(shadow.layer)
-    if is_attention(staged.layer) and model_config is not None:
-        process_attention(shadow.layer, model_config)
+        shadow = _shadow_of(staged, children or {}, renew)
+    # As a cold load does; else what processing makes has another type than what serves.
+    with set_default_torch_dtype(get_layerwise_info(staged.layer).default_dtype):
+        with watching or nullcontext():
+            process_quantized(shadow.layer)
+        if is_attention(staged.layer) and model_config is not None:
+            process_attention(shadow.layer, model_config)
+    return shadow
+
+
+def pair_layer(staged: StagedLayer, shadow: Shadow, renew: bool = False) -> Commit:
+    """Pair a processed layer with the one that serves.
+
+    Args:
+        staged: the layer.
+        shadow: made of it by `process_layer`.
+        renew: as there.
+
+    Raises:
+        WeightSyncError: something the processing made has no counterpart to copy to.
+
+    """
     with torch._C.DisableTorchFunction():
         commit = _pair(staged, shadow, renew)
-        commit.copies += left_behind
-    return shadow, commit
+        commit.copies += _aliases_left_behind(staged)
+    return commit
 
 
 def _pair(staged: StagedLayer, shadow: Shadow, renew: bool) -> Commit:

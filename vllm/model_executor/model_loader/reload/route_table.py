@@ -74,10 +74,10 @@ class RouteTable:
         for name, route in routes.items():
             row = self._row(route, owed)
             if row is not None:
-                kind, *columns = row
+                kind, number, source, target = row
                 place = places.setdefault(kind, len(places))
                 self.numbers[name] = len(rows)
-                rows.append((place, *columns))
+                rows.append((place, number, source, target))
         self.distinct = list(places)
         self.kinds = [self.distinct[place] for place, *_ in rows]
         columns_4R = np.array(rows, dtype=np.int64).reshape(-1, 4).T.copy()

@@ -19,6 +19,7 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
 from .agreement import agree_across_ranks
+from .as_staged import prepare_commit_of
 from .bitwise import same_bytes
 from .checksums import SentChecksums
 from .commit import Commit, Place, place_of
@@ -29,13 +30,7 @@ from .placement import expert_placements
 from .plan import Plan, fingerprint
 from .planned import PlannedCopies
 from .pristine import Shadow
-from .processing import (
-    is_attention,
-    is_processed,
-    prepare_as_staged,
-    prepare_layer,
-    unservable,
-)
+from .processing import is_attention, pair_layer, process_layer, unservable
 from .reach import SyncReach
 from .ready_layers import ReadyLayers
 from .registry import get_layerwise_info
@@ -554,10 +549,8 @@ class ReloadTransaction:
         return layers
 
     def _commit_of(self, layer: StagedLayer) -> Commit:
-        if self._reload.lost or is_processed(layer.layer):
-            return self._prepare(layer, None, {})[1]
-        with self._times.committing.on(layer), torch._C.DisableTorchFunction():
-            commit = prepare_as_staged(layer)
+        with self._times.committing.on(layer):
+            commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
             self._check_shared(commit)
         return commit
 
@@ -566,46 +559,56 @@ class ReloadTransaction:
     ) -> list[tuple[StagedLayer, Commit]]:
         """Process the layers that are left, and commit those that need not wait."""
         prepared: list[tuple[StagedLayer, Commit]] = []
-        shadows: dict[torch.nn.Module, torch.nn.Module] = {}
+        shadows: dict[StagedLayer, Shadow] = {}
+        processed: dict[torch.nn.Module, torch.nn.Module] = {}
         left = [layer for layer in self._layers if not layer.committed]
         for layer in left:
             layer.hide()
         with self._aside():
             for layer in sorted(left, key=lambda layer: is_attention(layer.layer)):
                 changed = {
-                    name: shadows[child]
+                    name: processed[child]
                     for name, child in layer.layer.named_children()
-                    if child in shadows
+                    if child in processed
                 }
                 renewed = bool(changed) or bool(self._reload.lost)
                 derived = is_attention(layer.layer) and renewed
                 if not (derived or (layer.changed and layer.complete)):
                     continue
-                shadow, commit = self._prepare(layer, model_config, changed)
                 if layer.layer in self._deferred:
-                    shadows[layer.layer] = shadow.layer
-                elif self._policy is CommitPolicy.LAYER:
-                    self._apply(layer, commit)
+                    shadow = self._process(layer, model_config, changed)
+                    shadows[layer], processed[layer.layer] = shadow, shadow.layer
                     continue
-                prepared.append((layer, commit))
+                commit = self._commit_of(layer)
+                if self._policy is CommitPolicy.LAYER:
+                    self._apply(layer, commit)
+                else:
+                    prepared.append((layer, commit))
+                    self._release(layer)
+            # An attention layer may change what its children serve.
+            for layer, shadow in shadows.items():
+                prepared.append((layer, self._pair(layer, shadow)))
         return prepared
 
     def _unservable(self, layers: list[StagedLayer]) -> list[Finding]:
         with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
             return unservable(layers)
 
-    def _prepare(
+    def _process(
         self,
         layer: StagedLayer,
         model_config: ModelConfig | None,
         children: Mapping[str, torch.nn.Module],
-    ) -> tuple[Shadow, Commit]:
-        """Process a layer aside, and refuse to serve two tensors from one memory."""
+    ) -> Shadow:
         renew = bool(self._reload.lost)
         with self._times.committing.on(layer):
-            shadow, commit = prepare_layer(layer, model_config, children, renew)
+            return process_layer(layer, model_config, children, renew)
+
+    def _pair(self, layer: StagedLayer, shadow: Shadow) -> Commit:
+        with self._times.committing.on(layer):
+            commit = pair_layer(layer, shadow, renew=bool(self._reload.lost))
             self._check_shared(commit)
-        return shadow, commit
+        return commit
 
     def _process_model(self) -> None:
         """Run the model's own hook, which a cold load runs after all layers."""
@@ -626,8 +629,9 @@ class ReloadTransaction:
         Loading ties an output projection to the embedding where a checkpoint repeats
         it; the next checkpoint may not.
         """
-        for live, new in commit.copies:
-            other = self._claimed.get(place_of(live))
+        pairs = [(place_of(live), live, new) for live, new in commit.copies]
+        for place, _, new in pairs:
+            other = self._claimed.get(place)
             if other is not None and not same_bytes(other, new):
                 raise WeightSyncError(
                     f"weight sync sends {commit.layer} values that differ from those "
@@ -635,8 +639,8 @@ class ReloadTransaction:
                 )
         # What will be applied at once is in the live tensor, and not kept twice.
         at_once = self._policy is CommitPolicy.LAYER
-        for live, new in commit.copies:
-            self._claimed[place_of(live)] = live if at_once else new
+        for place, live, new in pairs:
+            self._claimed[place] = live if at_once else new
 
     def _apply(self, layer: StagedLayer, commit: Commit) -> None:
         if self._rollback is not None:
@@ -647,6 +651,12 @@ class ReloadTransaction:
             commit.apply()
         self._times.note_committed(layer.name)
         self._drop(layer)
+
+    def _release(self, layer: StagedLayer) -> None:
+        """Drop the memory a layer is staged in, but for what its commit copies."""
+        for tensor in layer.tensors:
+            if not tensor.tied:
+                self._mode.forget(tensor)
 
     def _drop(self, layer: StagedLayer) -> None:
         layer.hide()

@@ -13,6 +13,7 @@ import torch
 from .recording import FirstLoad
 
 if TYPE_CHECKING:
+    from .commit import Place
     from .pristine import PristineLayer
     from .transaction import ModelReload
 
@@ -53,11 +54,14 @@ class LayerReloadingInfo:
     Attributes:
         restore_metadata: parameters and buffers as created, on the meta device.
         restore_device: device on which to stage them.
+        default_dtype: type of what processing makes without naming one.
         created: create-time values of the small tensors among them, on the CPU.
         recording: whether a first load is being watched.
         first_load: by tensor name, how the first load called its loader.
         aliases: buffers that were created as views of the layer's parameters.
         pristine: the layer and its quant method as they were before processing.
+        as_staged: where its tensors serve, if processing makes nothing of them; empty
+            if it does, None if that is not known.
         staged: the layer's open staging, while it is being loaded.
         kernel_tensors: the tensors that serve, while others stand in their place.
         kernel_non_persistent_buffers: names of those buffers that are not persistent.
@@ -67,11 +71,13 @@ class LayerReloadingInfo:
 
     restore_metadata: LayerTensors
     restore_device: torch.device
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     created: dict[str, torch.Tensor] = field(default_factory=dict)
     recording: bool = False
     first_load: dict[str, FirstLoad] = field(default_factory=dict)
     aliases: list[BufferAlias] = field(default_factory=list)
     pristine: PristineLayer | None = None
+    as_staged: frozenset[Place] | None = None
     staged: OpenLayer | None = None
     kernel_tensors: LayerTensors | None = None
     kernel_non_persistent_buffers: set[str] = field(default_factory=set)

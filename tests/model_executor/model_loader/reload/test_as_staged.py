@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Layers of which processing makes nothing are processed once, all others each time."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+from vllm.model_executor.model_loader.reload.layerwise import finish_first_load
+
+SIZE = 8
+
+
+class Process:
+    """What a quant method does, which its shadows share; counts how often."""
+
+    def __init__(self, process):
+        self.times = 0
+        self._process = process
+
+    def __call__(self, layer):
+        self.times += 1
+        self._process(layer)
+
+
+class Method(QuantizeMethodBase):
+    def __init__(self, process):
+        self.process = process
+
+    def create_weights(self, layer, *args, **kwargs):
+        raise NotImplementedError
+
+    def apply(self, layer, *args, **kwargs):
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer):
+        self.process(layer)
+
+
+class Projection(torch.nn.Module):
+    weight: Any
+
+    def __init__(self, process):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(SIZE), requires_grad=False)
+        self.weight.weight_loader = lambda param, loaded: param.data.copy_(loaded)
+        self.quant_method = Method(Process(process))
+
+
+class Model(torch.nn.Module):
+    def __init__(self, process):
+        super().__init__()
+        self.projection = Projection(process)
+
+    def load_weights(self, weights):
+        for _, tensor in weights:
+            weight = self.projection.weight
+            weight.weight_loader(weight, tensor)
+
+
+def keep(layer):
+    """Looks at what does not depend on values, and takes a view."""
+    assert layer.weight.shape == (SIZE,)
+    layer.weight.data.view(2, -1)
+
+
+def wrap(layer):
+    """Puts another parameter around the same memory."""
+    layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
+
+
+def negate(layer):
+    layer.weight.data.neg_()
+
+
+def negate_unseen(layer):
+    """As a kernel does that is handed an address."""
+    array = layer.weight.data.numpy()
+    array *= -1
+
+
+def replace(layer):
+    layer.weight = torch.nn.Parameter(-layer.weight.data, requires_grad=False)
+
+
+def derive(layer):
+    layer.largest = layer.weight.max()
+
+
+def look(layer):
+    layer.is_positive = bool(layer.weight[0] > 0)
+
+
+def count(layer):
+    layer.nonzero = int(torch.count_nonzero(layer.weight))
+
+
+def build(process) -> Model:
+    model = Model(process)
+    record_metadata_for_reloading(model)
+    model.load_weights([("projection.weight", torch.ones(SIZE))])
+    finish_first_load(model)
+    process(model.projection)
+    return model
+
+
+def sync(model: Model, value: float, policy: str = "layer") -> None:
+    config: Any = SimpleNamespace(dtype=torch.float32)
+    initialize_layerwise_reload(model)
+    model.load_weights([("projection.weight", torch.full((SIZE,), value))])
+    finalize_layerwise_reload(model, config)
+
+
+def times_processed(model: Model) -> int:
+    return model.projection.quant_method.process.times
+
+
+@pytest.mark.parametrize("policy", ["layer", "model"])
+@pytest.mark.parametrize("process", [keep, wrap])
+def test_a_layer_that_serves_as_staged_is_processed_once(process, policy, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", policy)
+    model = build(process)
+    address = model.projection.weight.data_ptr()
+    for value in (2.0, 3.0, 4.0):
+        sync(model, value)
+        assert model.projection.weight.tolist() == [value] * SIZE
+    assert model.projection.weight.data_ptr() == address
+    assert times_processed(model) == 1
+
+
+@pytest.mark.parametrize("process", [negate, negate_unseen, replace])
+def test_a_layer_whose_values_change_is_processed_each_time(process):
+    model = build(process)
+    for value in (2.0, 3.0, 4.0):
+        sync(model, value)
+        assert model.projection.weight.tolist() == [-value] * SIZE
+    assert times_processed(model) == 3
+
+
+@pytest.mark.parametrize(
+    "process, name, expected",
+    [
+        (derive, "largest", [2.0, -3.0, 4.0]),
+        (look, "is_positive", [True, False, True]),
+        (count, "nonzero", [SIZE, SIZE, SIZE]),
+    ],
+)
+def test_a_layer_from_which_something_follows_is_processed_each_time(
+    process, name, expected
+):
+    model = build(process)
+    for value, follows in zip((2.0, -3.0, 4.0), expected):
+        sync(model, value)
+        assert model.projection.weight.tolist() == [value] * SIZE
+        assert getattr(model.projection, name) == follows
+    assert times_processed(model) == 3
+
+
+def test_a_layer_that_serves_other_tensors_is_processed_again():
+    model = build(keep)
+    sync(model, 2.0)
+    served = model.projection.weight
+    model.projection.weight = torch.nn.Parameter(torch.zeros(SIZE), requires_grad=False)
+    sync(model, 3.0)
+    assert model.projection.weight.tolist() == [3.0] * SIZE
+    assert served.tolist() == [2.0] * SIZE
+    assert times_processed(model) == 2
+    sync(model, 4.0)
+    assert times_processed(model) == 2

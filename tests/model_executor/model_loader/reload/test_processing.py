@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Layers are processed in a sync as a cold load processes them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness.memory import allocated
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+from vllm.model_executor.model_loader.reload.layerwise import finish_first_load
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+DTYPE = torch.bfloat16
+CONFIG: Any = SimpleNamespace(dtype=DTYPE)
+
+
+class Projection(torch.nn.Module):
+    weight: Any
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
+        self.weight.weight_loader = lambda param, loaded: param.data.copy_(loaded)
+
+
+class Implementation:
+    """Packs the projection that it was given, as latent attention with AMX does."""
+
+    packed: torch.Tensor
+
+    def __init__(self, projection: Projection):
+        self.projection = projection
+
+    def process_weights_after_loading(self, act_dtype):
+        self.packed = self.projection.weight.data.T.contiguous()
+
+
+class PackingAttention(torch.nn.Module, AttentionLayerBase):
+    """Leaves an empty parameter of the default type where it has packed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection = Projection(2, 3)
+        self.impl = Implementation(self.projection)
+        self.register_buffer("scale", torch.ones(()))
+
+    def get_attn_backend(self):
+        raise NotImplementedError
+
+    def get_kv_cache_spec(self, vllm_config):
+        return None
+
+    def process_weights_after_loading(self, act_dtype):
+        self.impl.process_weights_after_loading(act_dtype)
+        self.projection.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+class Transpose(QuantizeMethodBase):
+    def create_weights(self, layer, *args, **kwargs):
+        raise NotImplementedError
+
+    def apply(self, layer, *args, **kwargs):
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer):
+        layer.weight = torch.nn.Parameter(layer.weight.data.T.contiguous(), False)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, **layers: torch.nn.Module):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def load_weights(self, weights):
+        params: dict[str, Any] = dict(self.named_parameters())
+        for name, tensor in weights:
+            params[name].weight_loader(params[name], tensor)
+
+
+def load(model: Model, value: float) -> dict[str, torch.Tensor]:
+    """Load a model cold, up to its processing; return what was loaded."""
+    record_metadata_for_reloading(model)
+    weights = {n: torch.full_like(p, value) for n, p in model.named_parameters()}
+    model.load_weights(weights.items())
+    finish_first_load(model)
+    return weights
+
+
+def sync(model: Model, weights: dict[str, torch.Tensor]) -> None:
+    initialize_layerwise_reload(model)
+    model.load_weights(weights.items())
+    finalize_layerwise_reload(model, CONFIG)
+
+
+@pytest.mark.parametrize("policy", ["layer", "model"])
+def test_attention_may_pack_a_projection_and_leave_it_empty(policy, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", policy)
+    with set_default_torch_dtype(DTYPE):
+        model: Any = Model(attention=PackingAttention())
+        loaded = load(model, 1.0)
+        model.attention.process_weights_after_loading(DTYPE)
+    packed, left = model.attention.impl.packed, model.attention.projection.weight
+    for value in (2.0, 3.0):
+        sync(model, {name: torch.full_like(t, value) for name, t in loaded.items()})
+        assert torch.equal(packed, torch.full((3, 2), value, dtype=DTYPE))
+    assert model.attention.impl.packed is packed
+    assert model.attention.impl.projection is model.attention.projection
+    assert model.attention.projection.weight is left
+
+
+def test_what_is_processed_takes_the_place_of_what_was_staged(monkeypatch):
+    """All of a model is staged, and with it one layer twice."""
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", "model")
+    layers: dict[str, Any] = {f"layer{i}": Projection(1024, 512) for i in range(8)}
+    for layer in layers.values():
+        layer.quant_method = Transpose()
+    model: Any = Model(**layers)
+    loaded = load(model, 1.0)
+    for layer in layers.values():
+        layer.quant_method.process_weights_after_loading(layer)
+    for _ in range(2):
+        with allocated() as count:
+            sync(model, loaded)
+        assert count.peak <= 9.1 * loaded["layer0.weight"].nbytes
