@@ -5,13 +5,13 @@
 python -m benchmarks.sync.plot sync.json sync.png
 """
 
-import argparse
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import matplotlib
+
+from benchmarks.drawing import draw_result
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -58,13 +58,5 @@ def _bars(panel: Any, answers: dict, kinds: list[str], what: str) -> None:
     panel.grid(axis="y", alpha=0.3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("picture", type=Path)
-    options = parser.parse_args()
-    draw(json.loads(options.result.read_text()), options.picture)
-
-
 if __name__ == "__main__":
-    main()
+    draw_result(draw, __doc__.splitlines()[0])

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a checkpoint holds, before anything is quantised: one slot a tensor."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -147,3 +147,14 @@ def embedding(module: str, sizes: Sizes) -> Slot:
 def head(sizes: Sizes) -> Slot:
     """The output projection, [vocab, hidden]."""
     return Slot("lm_head.weight", (sizes.vocab, sizes.hidden))
+
+
+def decoder(
+    layer: Callable[[str, Sizes], Iterator[Slot]], sizes: Sizes
+) -> Iterator[Slot]:
+    """A decoder whose layers are alike; `layer` gives the slots of one, by its name."""
+    yield embedding("model.embed_tokens", sizes)
+    for index in range(sizes.layers):
+        yield from layer(f"model.layers.{index}", sizes)
+    yield norm("model.norm", sizes.hidden)
+    yield head(sizes)

@@ -5,15 +5,15 @@
 What a GPU has to show: `tests/entrypoints/rl/test_trainer_process.py`.
 """
 
-import base64
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from inspect import signature
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
+import pybase64 as base64
 import pytest
 import torch
 
@@ -165,7 +165,7 @@ class Code:
 
 def pickled(folder: Path) -> dict[str, Any]:
     """What HTTP carries in place of handles; here it is code instead."""
-    handles = base64.b64encode(pickle.dumps([Code(folder)])).decode()
+    handles = base64.b64encode(ForkingPickler.dumps([Code(folder)])).decode()
     lists = {"names": ["a"], "dtype_names": ["float32"], "shapes": [[1]]}
     return {**lists, "ipc_handles_pickled": handles}
 

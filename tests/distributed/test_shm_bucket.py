@@ -10,18 +10,15 @@ from uuid import uuid4
 
 import pytest
 
+from tests.harness.packed import bucket_of_a_trainer
 from vllm.distributed.weight_transfer.shm_bucket import PREFIX, Bucket
 
 
 @pytest.fixture
 def segment() -> Iterator[SharedMemory]:
     """A trainer's segment of 4 KiB."""
-    made = SharedMemory(f"{PREFIX}{uuid4().hex}", create=True, size=4096)
-    try:
-        yield made
-    finally:
-        made.close()
-        made.unlink()
+    with bucket_of_a_trainer(4096) as segment:
+        yield segment
 
 
 def test_both_sides_see_the_same_bytes(segment):
@@ -33,6 +30,7 @@ def test_both_sides_see_the_same_bytes(segment):
 
 def test_a_bucket_outlives_its_trainer():
     made = SharedMemory(f"{PREFIX}{uuid4().hex}", create=True, size=4096)
+    assert made.buf is not None
     made.buf[0] = 7
     bucket = Bucket(made.name)
     made.close()

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from inspect import signature
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import torch
 from torch import nn
 
+from tests.harness.packed import bucket_of_a_trainer
 from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
@@ -31,12 +31,8 @@ class Model(nn.Module):
 
 @pytest.fixture
 def segment() -> Iterator[SharedMemory]:
-    made = SharedMemory(f"vllm-weights-{uuid4().hex}", create=True, size=4096)
-    try:
-        yield made
-    finally:
-        made.close()
-        made.unlink()
+    with bucket_of_a_trainer(4096) as segment:
+        yield segment
 
 
 @pytest.fixture
@@ -78,6 +74,7 @@ def update(engine, info: Any) -> None:
 
 
 def write(segment: SharedMemory, values: list[float]) -> None:
+    assert segment.buf is not None
     segment.buf[8:16] = torch.tensor(values).numpy().tobytes()
 
 

@@ -30,6 +30,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.harness.completion import REQUEST, answer_of
 from tests.harness.fault_bench import CASE, PIECES, A, B, FaultBench, Named
 from tests.harness.lost_client import Leaves, lose, run_and_kill
 from tests.harness.packed import (
@@ -43,22 +44,11 @@ from tests.harness.packed import (
 )
 from tests.harness.sync_oracle import SyncOracle
 
-__all__ = ["FaultSchedule", "answer_of"]
+__all__ = ["SHORT_REQUEST", "FaultSchedule"]
 
 UNPROCESSABLE = HTTPStatus.UNPROCESSABLE_ENTITY
-# Longer than a block of the KV cache, so that its prefix is cached.
-REQUEST = {
-    "model": "tiny",
-    "prompt": [3, 1, 4, 1, 5] * 30,
-    "max_tokens": 2,
-    "temperature": 0,
-    "logprobs": 1,
-    "ignore_eos": True,
-    "return_token_ids": True,
-}
+SHORT_REQUEST = {**REQUEST, "max_tokens": 2}
 LONG_REQUEST = {**REQUEST, "max_tokens": 24}
-
-Answer = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -219,7 +209,7 @@ class FaultSchedule(RuleBasedStateMachine):
 
     @rule(when=st.sampled_from([Leaves.HALF_WAY, Leaves.UNREAD]))
     def lose_a_client(self, when: Leaves) -> None:
-        lose(self.server, "v1/completions", REQUEST, when)
+        lose(self.server, "v1/completions", SHORT_REQUEST, when)
         self._count(f"client lost {when.value}", "no effect")
 
     @rule(
@@ -267,7 +257,7 @@ class FaultSchedule(RuleBasedStateMachine):
 
     @rule()
     def ask(self) -> None:
-        answer = self.server.post("v1/completions", REQUEST)
+        answer = self.server.post("v1/completions", SHORT_REQUEST)
         if answer.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
             self._judge_refusal(answer)
             return
@@ -426,9 +416,3 @@ class FaultSchedule(RuleBasedStateMachine):
 
     def _count(self, kind: str, outcome: str) -> None:
         self.bench.tally[kind, outcome] += 1
-
-
-def answer_of(response: requests.Response) -> Answer:
-    """Return tokens and their log-probabilities."""
-    (choice,) = response.json()["choices"]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"]

@@ -2,12 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Send tensors through vLLM's own CUDA IPC backend, as a trainer of either API does."""
 
-import base64
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import pybase64 as base64
 import torch
 
 from vllm.distributed.weight_transfer import ipc_engine
@@ -89,6 +89,6 @@ def json_of(body: dict[str, Any]) -> dict[str, Any]:
     info = body.get("update_info")
     if info is None:
         return body
-    pickled = base64.b64encode(pickle.dumps(info["ipc_handles"])).decode()
+    pickled = base64.b64encode(ForkingPickler.dumps(info["ipc_handles"])).decode()
     rest = {key: value for key, value in info.items() if key != "ipc_handles"}
     return {"update_info": {**rest, "ipc_handles_pickled": pickled}}

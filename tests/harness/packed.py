@@ -55,6 +55,7 @@ class Packed:
 
     def write(self, bucket: SharedMemory) -> dict[str, Any]:
         """Fill the bucket, and return the request."""
+        assert bucket.buf is not None
         bucket.buf[: len(self.data)] = self.data
         return {"update_info": {"segment": bucket.name, **self.lists}}
 
@@ -65,10 +66,10 @@ class Packed:
 
 
 @contextmanager
-def bucket_of_a_trainer() -> Iterator[SharedMemory]:
+def bucket_of_a_trainer(size: int = BUCKET_BYTES) -> Iterator[SharedMemory]:
     """Make a bucket, and free it in the end."""
     name = f"{PREFIX}{uuid4().hex}"
-    bucket = SharedMemory(name, create=True, size=BUCKET_BYTES)
+    bucket = SharedMemory(name, create=True, size=size)
     try:
         yield bucket
     finally:

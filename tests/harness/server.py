@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 
 KEY = "the key of this test"
@@ -117,6 +118,14 @@ def starting(
         yield server
     finally:
         server.stop()
+
+
+def refused(act: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[int, dict]:
+    """Return the status and the error of a request that is refused."""
+    with pytest.raises(requests.HTTPError) as raised:
+        act(*args, **kwargs)
+    response = raised.value.response
+    return response.status_code, response.json()["error"]
 
 
 def _free_port() -> int:

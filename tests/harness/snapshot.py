@@ -137,7 +137,8 @@ def _probe(module: torch.nn.Module) -> torch.Tensor | None:
     The product with the identity is exact: each sum has one term that is not zero.
     """
     cpu_linear = getattr(module, "cpu_linear", None)
-    if cpu_linear in (None, torch.nn.functional.linear):  # which reads the parameter
+    # The function of torch reads the parameter.
+    if cpu_linear is None or cpu_linear is torch.nn.functional.linear:
         return None
     width = next(getattr(module, name) for name in _WIDTHS if hasattr(module, name))
     identity = torch.eye(width, dtype=torch.bfloat16)

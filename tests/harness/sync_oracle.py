@@ -2,10 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a server must answer to trainers, and serve, by what they have sent."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
+
+import regex as re
 
 __all__ = ["SyncOracle", "module_of"]
 

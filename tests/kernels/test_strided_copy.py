@@ -69,8 +69,9 @@ def test_copies_what_torch_copies(shape, source, target, dtype, start):
         expected.append(memory.clone())
         view = expected[-1].view(dtype).as_strided(shape, written.stride(), start)
         view.copy_(read)
-    strides = [view.stride() for view in reversed(copies[0])]
-    layout = Strided.of(shape, *strides, dtype.itemsize)
+    target_stride, source_stride = (view.stride() for view in copies[0])
+    layout = Strided.of(shape, source_stride, target_stride, dtype.itemsize)
+    assert layout is not None
     copy_strided({layout: addresses(copies)}, DEVICE)
     for (memory, _), wanted in zip(writes, expected):
         assert_same_bytes(memory, wanted)

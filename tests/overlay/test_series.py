@@ -3,12 +3,13 @@
 """The declared series: what belongs to which patch, and who imports whom."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
-from overlay.base import CUDA, ROOT, Base
+from overlay.base import CUDA, ROOT, Base, find_wheel
 from overlay.edits import Edit, load_edits
 from overlay.series import Patch, Series, SeriesError, checkout_files, load_series
 
@@ -74,11 +75,14 @@ def test_no_patch_imports_what_a_later_one_brings(version):
     order = {patch.title: place for place, patch in enumerate(SERIES.patches)}
     patches = {module_of(path): owner for path, owner in brought()}
     edits = load_edits(ROOT / "overlay" / "edits", Base(CUDA, version))
+    there_before = names_in_base(patches.keys())
     early = [
         f"{path} imports {module} of {patches[module].title}"
         for path, owner in brought()
-        for module in imports(path, edits)
-        if module in patches and order[patches[module].title] > order[owner.title]
+        for name in imports(path, edits)
+        if (module := module_with(name, patches.keys())) is not None
+        if order[patches[module].title] > order[owner.title]
+        if name not in there_before
     ]
     assert not early
 
@@ -95,8 +99,41 @@ def module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
+def module_with(name: str, modules: Collection[str]) -> str | None:
+    """The one of these modules that an imported name is, or is in.
+
+    A package that has the module is there before: upstream's, or with its first module.
+    """
+    parent = name.rpartition(".")[0]
+    return next((module for module in (name, parent) if module in modules), None)
+
+
+def names_in_base(modules: Collection[str]) -> set[str]:
+    """What those of the modules that upstream has too define there: they are replaced.
+
+    The base is the one of this environment; what 0.33 has of them is the same.
+    """
+    names: set[str] = set()
+    with ZipFile(find_wheel().path) as wheel:
+        for module in modules:
+            path = f"{module.replace('.', '/')}.py"
+            if path in wheel.NameToInfo:
+                names |= {f"{module}.{n}" for n in defined(wheel.read(path).decode())}
+    return names
+
+
+def defined(code: str) -> Iterator[str]:
+    """Yield the names that a module defines at its top."""
+    for node in ast.parse(code).body:
+        match node:
+            case ast.FunctionDef(name) | ast.ClassDef(name):
+                yield name
+            case ast.Assign([ast.Name(name)]) | ast.AnnAssign(ast.Name(name)):
+                yield name
+
+
 def imports(path: str, edits: tuple[Edit, ...]) -> set[str]:
-    """Return the modules that a file, or the code of a file of edits, imports."""
+    """Return the names that a file, or the code of a file of edits, imports."""
     if path.endswith(".py"):
         tree = ast.parse((ROOT / path).read_text())
         is_package = path.endswith("/__init__.py")
@@ -106,7 +143,7 @@ def imports(path: str, edits: tuple[Edit, ...]) -> set[str]:
     for edit in edits:
         if path == f"overlay/edits/{edit.file}":
             package = module_of(str(Path(edit.module).parent))
-            found |= {edit.to.partition(":")[0]}
+            found |= {edit.to.replace(":", ".")}
             found |= set(imported(ast.parse(edit.code.strip()), package))
     return found
 
@@ -121,7 +158,6 @@ def imported(tree: ast.AST, package: str) -> Iterator[str]:
                 parents = package.split(".")[: len(package.split(".")) - level + 1]
                 origin = ".".join([*parents, module] if module else parents)
                 origin = origin if level else module or ""
-                yield origin
                 yield from (f"{origin}.{alias.name}" for alias in names)
             case ast.Constant(str(text)) if text.startswith("vllm."):
                 yield text
@@ -131,13 +167,26 @@ def imported(tree: ast.AST, package: str) -> Iterator[str]:
     ("code", "expected"),
     [
         ("import vllm.b.c", {"vllm.b.c"}),
-        ("from vllm.b import c", {"vllm.b", "vllm.b.c"}),
-        ("from . import c", {"vllm.a", "vllm.a.c"}),
-        ("from .b import c", {"vllm.a.b", "vllm.a.b.c"}),
-        ("from ..b import c", {"vllm.b", "vllm.b.c"}),
+        ("from vllm.b import c", {"vllm.b.c"}),
+        ("from . import c", {"vllm.a.c"}),
+        ("from .b import c", {"vllm.a.b.c"}),
+        ("from ..b import c", {"vllm.b.c"}),
         ("def f():\n    import vllm.b", {"vllm.b"}),
         ("register('vllm.b')", {"vllm.b"}),
     ],
 )
 def test_every_kind_of_import_counts(code, expected):
     assert set(imported(ast.parse(code), "vllm.a")) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("a.b", "a.b"), ("a.b.c", "a.b"), ("a.c", "a"), ("b.c", None)],
+)
+def test_a_name_of_a_module_is_that_modules(name, module):
+    assert module_with(name, ["a", "a.b"]) == module
+
+
+def test_definitions_at_the_top_are_found():
+    code = "A = 1\nB: int = 2\ndef f():\n    C = 3\nclass D:\n    def g(self): ..."
+    assert set(defined(code)) == {"A", "B", "f", "D"}

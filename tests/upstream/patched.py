@@ -7,7 +7,6 @@ what multiplies by one of them cannot be tested this way.
 """
 
 import argparse
-import compileall
 import os
 import subprocess
 import sys
@@ -15,8 +14,9 @@ import tempfile
 from pathlib import Path
 
 from overlay.base import CUDA, OverlayError
-from overlay.patch import FIRST_PARTY, write_patches
+from overlay.patch import write_patches
 from overlay.source import extract_source, find_source
+from tests.upstream.hooks import check_hooks
 
 RELOAD = "tests/model_executor/model_loader/reload"
 # Of the fork's tests of the reload, those that run no kernel of the compiled part.
@@ -28,25 +28,25 @@ TESTS = (
             "derivation",
             "fingerprint",
             "first_plan",
+            "huge_pages",
             "ledger",
             "likeness",
             "pristine",
+            "ready_layers",
             "recording",
             "regions",
             "scales",
+            "served_scales",
             "staging",
+            "unchecked",
         )
     ),
     "tests/v1/engine/test_weight_fence.py",
     "tests/v1/engine/test_weight_state.py",
+    "tests/v1/worker/test_rpc_failure.py",
+    "tests/v1/worker/test_scale_guard.py",
+    "tests/v1/worker/test_weight_report.py",
     "tests/v1/worker/test_weight_update_session.py",
-)
-# Of upstream's hooks, those that judge Python files one by one.
-HOOKS = (
-    "check_boolean_context_manager",
-    "check_spdx_header",
-    "check_torch_cuda",
-    "check_trust_remote_code",
 )
 SENDER = {
     f"GIT_{role}_{key}": value
@@ -73,9 +73,10 @@ def main() -> int:
         tree = extract_source(source, folder / "tree")
         count = apply(tree, sorted((folder / "patches").glob("*.patch")))
         print(f"vllm {version}: {count} patches applied", flush=True)
-        if not all(compileall.compile_file(tree / f, quiet=1) for f in changed(tree)):
-            return 1
-        return check_style(tree) or run_tests(tree)
+        if status := check_hooks(tree, changed(tree)):
+            return status
+        print("upstream's hooks are content", flush=True)
+        return run_tests(tree)
 
 
 def apply(tree: Path, patches: list[Path]) -> int:
@@ -89,28 +90,8 @@ def apply(tree: Path, patches: list[Path]) -> int:
 
 
 def changed(tree: Path) -> list[str]:
-    """Return the modules that the series added or changed."""
-    return git(tree, "diff", "--name-only", "base", "--", "*.py").splitlines()
-
-
-def check_style(tree: Path) -> int:
-    """Run upstream's hooks that need no network on what the series changed.
-
-    Returns:
-        The exit status of the first that is not content, or 0.
-    """
-    ruff, typos = (str(Path(sys.executable).with_name(n)) for n in ("ruff", "typos"))
-    commands = (
-        [ruff, "check", "--quiet", *FIRST_PARTY],
-        [ruff, "format", "--check", "--quiet"],
-        [typos, "--force-exclude"],
-        *([sys.executable, f"tools/pre_commit/{hook}.py"] for hook in HOOKS),
-    )
-    for command in commands:
-        if status := subprocess.run([*command, *changed(tree)], cwd=tree).returncode:
-            return status
-    print("upstream's hooks are content", flush=True)
-    return 0
+    """Return the files that the series added or changed."""
+    return git(tree, "diff", "--name-only", "base").splitlines()
 
 
 def run_tests(tree: Path) -> int:

@@ -5,11 +5,11 @@
 python -m benchmarks.kernels.moe.plot moe.json moe.png
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import matplotlib
+
+from benchmarks.drawing import draw_result
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -37,13 +37,5 @@ def draw(result: dict, picture: Path) -> None:
     figure.savefig(picture, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path)
-    parser.add_argument("picture", type=Path)
-    options = parser.parse_args()
-    draw(json.loads(options.result.read_text()), options.picture)
-
-
 if __name__ == "__main__":
-    main()
+    draw_result(draw, __doc__.splitlines()[0])

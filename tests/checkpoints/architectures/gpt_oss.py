@@ -3,9 +3,10 @@
 """gpt-oss in bfloat16: experts fused in one tensor a layer, biases, attention sinks."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from ..case import Architecture
-from ..slots import Sizes, Slot, attention, embedding, head, norm
+from ..slots import Sizes, Slot, attention, decoder, norm
 
 
 def _config(sizes: Sizes) -> dict[str, object]:
@@ -41,14 +42,6 @@ def _config(sizes: Sizes) -> dict[str, object]:
     )
 
 
-def _slots(sizes: Sizes) -> Iterator[Slot]:
-    yield embedding("model.embed_tokens", sizes)
-    for index in range(sizes.layers):
-        yield from _layer(f"model.layers.{index}", sizes)
-    yield norm("model.norm", sizes.hidden)
-    yield head(sizes)
-
-
 def _layer(layer: str, sizes: Sizes) -> Iterator[Slot]:
     hidden, width, experts = sizes.hidden, sizes.intermediate, sizes.experts
     yield norm(f"{layer}.input_layernorm", hidden)
@@ -65,4 +58,4 @@ def _layer(layer: str, sizes: Sizes) -> Iterator[Slot]:
     yield Slot(f"{fused}.down_proj_bias", (experts, hidden))
 
 
-GPT_OSS = Architecture("GptOssForCausalLM", _config, _slots)
+GPT_OSS = Architecture("GptOssForCausalLM", _config, partial(decoder, _layer))

@@ -3,9 +3,10 @@
 """Mixtral: experts whose projections are called w1 (gate), w3 (up) and w2 (down)."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from ..case import Architecture
-from ..slots import Part, Sizes, Slot, attention, embedding, gated_mlp, head, norm
+from ..slots import Part, Sizes, Slot, attention, decoder, gated_mlp, norm
 
 
 def _config(sizes: Sizes) -> dict[str, object]:
@@ -26,14 +27,6 @@ def _config(sizes: Sizes) -> dict[str, object]:
     )
 
 
-def _slots(sizes: Sizes) -> Iterator[Slot]:
-    yield embedding("model.embed_tokens", sizes)
-    for index in range(sizes.layers):
-        yield from _layer(f"model.layers.{index}", sizes)
-    yield norm("model.norm", sizes.hidden)
-    yield head(sizes)
-
-
 def _layer(layer: str, sizes: Sizes) -> Iterator[Slot]:
     yield norm(f"{layer}.input_layernorm", sizes.hidden)
     yield from attention(f"{layer}.self_attn", sizes)
@@ -50,4 +43,4 @@ def _layer(layer: str, sizes: Sizes) -> Iterator[Slot]:
         )
 
 
-MIXTRAL = Architecture("MixtralForCausalLM", _config, _slots)
+MIXTRAL = Architecture("MixtralForCausalLM", _config, partial(decoder, _layer))

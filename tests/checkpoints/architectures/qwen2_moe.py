@@ -3,9 +3,10 @@
 """Qwen2-MoE: biases on q, k and v, and a shared expert behind a gate of its own."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from ..case import Architecture
-from ..slots import Part, Sizes, Slot, attention, embedding, gated_mlp, head, norm
+from ..slots import Part, Sizes, Slot, attention, decoder, gated_mlp, norm
 
 
 def _config(sizes: Sizes) -> dict[str, object]:
@@ -31,14 +32,6 @@ def _config(sizes: Sizes) -> dict[str, object]:
     )
 
 
-def _slots(sizes: Sizes) -> Iterator[Slot]:
-    yield embedding("model.embed_tokens", sizes)
-    for index in range(sizes.layers):
-        yield from _layer(f"model.layers.{index}", sizes)
-    yield norm("model.norm", sizes.hidden)
-    yield head(sizes)
-
-
 def _layer(layer: str, sizes: Sizes) -> Iterator[Slot]:
     hidden = sizes.hidden
     yield norm(f"{layer}.input_layernorm", hidden)
@@ -52,4 +45,4 @@ def _layer(layer: str, sizes: Sizes) -> Iterator[Slot]:
     yield Slot(f"{layer}.mlp.shared_expert_gate.weight", (1, hidden))
 
 
-QWEN2_MOE = Architecture("Qwen2MoeForCausalLM", _config, _slots)
+QWEN2_MOE = Architecture("Qwen2MoeForCausalLM", _config, partial(decoder, _layer))

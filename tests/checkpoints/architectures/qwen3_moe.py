@@ -3,9 +3,10 @@
 """Qwen3-MoE: norms on q and k, routed experts only."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from ..case import Architecture
-from ..slots import Part, Sizes, Slot, attention, embedding, gated_mlp, head, norm
+from ..slots import Part, Sizes, Slot, attention, decoder, gated_mlp, norm
 
 
 def _config(sizes: Sizes) -> dict[str, object]:
@@ -31,14 +32,6 @@ def _config(sizes: Sizes) -> dict[str, object]:
     )
 
 
-def _slots(sizes: Sizes) -> Iterator[Slot]:
-    yield embedding("model.embed_tokens", sizes)
-    for index in range(sizes.layers):
-        yield from _layer(f"model.layers.{index}", sizes)
-    yield norm("model.norm", sizes.hidden)
-    yield head(sizes)
-
-
 def _layer(layer: str, sizes: Sizes) -> Iterator[Slot]:
     yield norm(f"{layer}.input_layernorm", sizes.hidden)
     yield from attention(f"{layer}.self_attn", sizes)
@@ -51,4 +44,4 @@ def _layer(layer: str, sizes: Sizes) -> Iterator[Slot]:
         yield from gated_mlp(module, sizes.hidden, sizes.intermediate, Part.EXPERTS)
 
 
-QWEN3_MOE = Architecture("Qwen3MoeForCausalLM", _config, _slots)
+QWEN3_MOE = Architecture("Qwen3MoeForCausalLM", _config, partial(decoder, _layer))

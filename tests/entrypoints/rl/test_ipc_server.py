@@ -74,8 +74,8 @@ def running(tmp_path_factory) -> Iterator[Running]:
         for seed, stack in ((A, first), (B, other)):
             model = write_checkpoint(CASE, seed, folder / str(seed), tokenizer=True)
             log = folder / f"{seed}.log"
-            server = starting(model, log, OPTIONS, ENVIRONMENT)
-            servers[seed] = stack.enter_context(server)
+            started = starting(model, log, OPTIONS, ENVIRONMENT)
+            servers[seed] = stack.enter_context(started)
         for server in servers.values():
             server.wait()
         fresh = {seed: ask(server) for seed, server in servers.items()}

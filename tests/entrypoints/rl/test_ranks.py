@@ -8,7 +8,7 @@ what any server has to answer after a sync of B. The last test of each kills a r
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,7 +21,9 @@ import torch
 
 from examples.rl.shm_trainer import Trainer
 from tests.checkpoints import CASES, Case, Sizes, write_checkpoint
-from tests.harness.server import KEY, Server, starting
+from tests.harness.completion import Answer, ask
+from tests.harness.server import KEY, Server, refused, starting
+from tests.harness.threads import one_thread
 
 FP8_BLOCK = CASES["qwen3_moe-fp8_block"]
 # Whole scale blocks on each rank, of experts and of attention.
@@ -33,22 +35,12 @@ OPTIONS = [
     *("--max-model-len", "256", "--max-num-seqs", "4"),
     *("--weight-transfer-config", '{"backend": "shm"}'),
 ]
-REQUEST = {
-    "model": "tiny",
-    "prompt": [3, 1, 4, 1, 5] * 30,
-    "max_tokens": 4,
-    "temperature": 0,
-    "logprobs": 1,
-    "ignore_eos": True,
-    "return_token_ids": True,
-}
 # What rank 1 serves, whether layers, experts or their columns are shared out.
 SCALE = "model.layers.1.mlp.experts.7.down_proj.weight_scale_inv"
 LAYER = "model.layers.1.mlp.experts.routed_experts"
 DEATH_SECONDS = 60
 
 Named = tuple[str, torch.Tensor]
-Answer = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -104,18 +96,12 @@ def running(request, tmp_path_factory) -> Iterator[Running]:
         "VLLM_RELOAD_COMMIT": "model",
     }
     options = [*OPTIONS, *parallelism.options]
-    with starting(model, folder / "log", options, environment) as server:
+    with (
+        one_thread(),  # the cores are for the ranks
+        starting(model, folder / "log", options, environment) as server,
+    ):
         server.wait()
         yield Running(server, parallelism, ask(server))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Leave the cores to the ranks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -131,22 +117,6 @@ def trainer(server) -> Iterator[Trainer]:
 
 def title_of(process: psutil.Process) -> str:
     return " ".join(process.cmdline())
-
-
-def ask(server: Server) -> Answer:
-    """Return what a server answers: tokens and their log-probabilities."""
-    response = server.post("v1/completions", REQUEST)
-    assert response.status_code == 200, response.text
-    (choice,) = response.json()["choices"]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
-
-
-def refused(act: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[int, dict]:
-    """Return the status and the error of a request that is refused."""
-    with pytest.raises(requests.HTTPError) as raised:
-        act(*args, **kwargs)
-    response = raised.value.response
-    return response.status_code, response.json()["error"]
 
 
 class UnequalTrainer(Trainer):

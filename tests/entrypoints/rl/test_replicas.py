@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import requests
-import torch
 
 from examples.rl.shm_trainer import Trainer
 from tests.checkpoints import CASES, write_checkpoint
-from tests.harness.server import KEY, Server, starting
+from tests.harness.completion import REQUEST, Answer, answer_of
+from tests.harness.server import KEY, Server, refused, starting
+from tests.harness.threads import one_thread
 
 CASE = CASES["llama-fp8_block"]
 A, B = 1, 2
@@ -31,18 +32,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",
     "VLLM_RELOAD_COMMIT": "model",
 }
-REQUEST = {
-    "model": "tiny",
-    "prompt": [3, 1, 4, 1, 5] * 30,
-    "max_tokens": 4,
-    "temperature": 0,
-    "logprobs": 1,
-    "ignore_eos": True,
-    "return_token_ids": True,
-}
 SCALE = "model.layers.1.mlp.down_proj.weight_scale_inv"
-
-Answer = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -57,20 +47,14 @@ class Running:
 def running(tmp_path_factory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("replicas")
     model = write_checkpoint(CASE, B, folder / "model", tokenizer=True)
-    with starting(model, folder / "log", OPTIONS, ENVIRONMENT) as server:
+    with (
+        one_thread(),  # the cores are for the replicas
+        starting(model, folder / "log", OPTIONS, ENVIRONMENT) as server,
+    ):
         server.wait()
         first, second = answers(server)
         assert first == second
         yield Running(server, first)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Leave the cores to the replicas."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -101,20 +85,18 @@ def answers(server: Server) -> list[Answer]:
 
 def answer(server: Server, replica: int) -> Answer:
     headers = {"Authorization": f"Bearer {KEY}", "X-data-parallel-rank": str(replica)}
-    response = requests.post(
-        f"{server.url}/v1/completions", json=REQUEST, headers=headers, timeout=60
+    return answer_of(
+        requests.post(
+            f"{server.url}/v1/completions", json=REQUEST, headers=headers, timeout=60
+        )
     )
-    assert response.status_code == 200, response.text
-    (choice,) = response.json()["choices"]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
 def refusal(trainer: Trainer, tensors: Any) -> dict:
     """Return the error of a sync that is refused for what it lacks."""
-    with pytest.raises(requests.HTTPError) as raised:
-        trainer.sync(tensors)
-    assert raised.value.response.status_code == 422
-    return raised.value.response.json()["error"]
+    status, error = refused(trainer.sync, tensors)
+    assert status == 422
+    return error
 
 
 def test_a_sync_reaches_all_replicas(running, server):

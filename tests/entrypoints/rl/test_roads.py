@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import CASES, write_checkpoint
+from tests.harness.completion import REQUEST, Answer, ask
 from tests.harness.server import Server, starting
 
 CASE = CASES["qwen3_moe-fp8_block"]
@@ -35,22 +36,12 @@ ENVIRONMENT = {
 }
 CHUNK_TENSORS = 40
 BUCKET_BYTES = 2 << 20
-REQUEST = {
-    "model": "tiny",
-    "prompt": [3, 1, 4, 1, 5] * 30,
-    "max_tokens": 4,
-    "temperature": 0,
-    "logprobs": 1,
-    "ignore_eos": True,
-    "return_token_ids": True,
-}
 # In the last layer, so that others are committed before it is missed.
 SCALE = "model.layers.1.mlp.experts.7.down_proj.weight_scale_inv"
 NORM = "model.norm.weight"
 HIDDEN = str(CASE.sizes.hidden)
 
 Named = tuple[str, torch.Tensor]
-Answer = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -125,14 +116,6 @@ def bucket(server, tmp_path) -> Bucket:
     memory = torch.from_file(path, shared=True, size=BUCKET_BYTES, dtype=torch.uint8)
     call(server, "map_bucket", path, str(BUCKET_BYTES))
     return Bucket(server, memory)
-
-
-def ask(server: Server) -> Answer:
-    """Return what a server answers: tokens and their log-probabilities."""
-    response = server.post("v1/completions", REQUEST)
-    assert response.status_code == 200, response.text
-    (choice,) = response.json()["choices"]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
 def rpc(server: Server, method: str, *args: str, **kwargs: str) -> requests.Response:

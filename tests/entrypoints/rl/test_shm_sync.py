@@ -9,12 +9,11 @@ one that commits layer by layer. The trainer is the example.
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -24,7 +23,8 @@ from hypothesis import strategies as st
 
 from examples.rl.shm_trainer import Trainer
 from tests.checkpoints import CASES, write_checkpoint
-from tests.harness.server import KEY, Server, starting
+from tests.harness.completion import PROMPT, REQUEST, Answer, ask
+from tests.harness.server import KEY, Server, refused, starting
 from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 
 CASE = CASES["qwen3_moe-fp8_block"]
@@ -35,17 +35,6 @@ OPTIONS = [
 ]
 # Less than a checkpoint, so that a sync takes several chunks.
 BUCKET_BYTES = 1 << 20
-# Longer than a block of the KV cache, so that its prefix is cached.
-PROMPT = [3, 1, 4, 1, 5] * 30
-REQUEST = {
-    "model": "tiny",
-    "prompt": PROMPT,
-    "max_tokens": 4,
-    "temperature": 0,
-    "logprobs": 1,
-    "ignore_eos": True,
-    "return_token_ids": True,
-}
 # Longer than it takes to pause it.
 LONG_REQUEST = {**REQUEST, "prompt": PROMPT[:40], "max_tokens": 200}
 SCALE = "model.layers.0.mlp.experts.0.down_proj.weight_scale_inv"
@@ -67,7 +56,6 @@ Trainer(*sys.argv[1:], {BUCKET_BYTES // 2}).sync(tensors())
 """
 
 Named = tuple[str, torch.Tensor]
-Answer = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
@@ -120,24 +108,8 @@ def trainer(server) -> Iterator[Trainer]:
         yield trainer
 
 
-def ask(server: Server) -> Answer:
-    """Return what a server answers: tokens and their log-probabilities."""
-    response = server.post("v1/completions", REQUEST)
-    assert response.status_code == 200, response.text
-    (choice,) = response.json()["choices"]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
-
-
 def tokens_of(answer: dict) -> list[int]:
     return answer["choices"][0]["token_ids"]
-
-
-def refused(act: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[int, dict]:
-    """Return the status and the error of a request that is refused."""
-    with pytest.raises(requests.HTTPError) as raised:
-        act(*args, **kwargs)
-    response = raised.value.response
-    return response.status_code, response.json()["error"]
 
 
 def without(seed: int, *endings: str) -> Iterator[Named]:

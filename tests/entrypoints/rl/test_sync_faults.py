@@ -18,8 +18,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from examples.rl.shm_trainer import Trainer
 from tests.checkpoints import write_checkpoint
+from tests.harness.completion import Answer, answer_of
 from tests.harness.fault_bench import CASE, A, B, FaultBench, starting_bench
-from tests.harness.fault_schedule import REQUEST, FaultSchedule, answer_of
+from tests.harness.fault_schedule import SHORT_REQUEST, FaultSchedule
 from tests.harness.packed import bucket_of_a_trainer, pack
 from tests.harness.server import KEY
 
@@ -44,8 +45,8 @@ def trainer(bench) -> Iterator[Trainer]:
         yield trainer
 
 
-def ask(bench: FaultBench) -> tuple[list[int], list[float]]:
-    return answer_of(bench.server.post("v1/completions", REQUEST))
+def ask(bench: FaultBench) -> Answer:
+    return answer_of(bench.server.post("v1/completions", SHORT_REQUEST))
 
 
 def error_of(answer: requests.Response, status: int) -> dict:

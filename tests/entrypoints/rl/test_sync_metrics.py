@@ -3,7 +3,6 @@
 """What a running server tells of weight syncs: series, pauses and who answered."""
 
 import json
-import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+import regex as re
 import requests
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,6 +20,7 @@ from prometheus_client.samples import Sample
 from examples.rl.shm_trainer import Trainer
 from examples.rl.weight_checksums import differing
 from tests.checkpoints import CASES, write_checkpoint
+from tests.harness.completion import choice_of
 from tests.harness.server import KEY, Server, starting
 
 CASE = CASES["qwen3_moe-fp8_block"]
@@ -197,10 +198,7 @@ def test_the_dashboard_shows_what_the_server_has(server, trainer):
 
 def ask(server: Server, body: dict = REQUEST) -> dict:
     """Return the choice of a completion."""
-    response = server.post("v1/completions", body)
-    assert response.status_code == 200, response.text
-    (choice,) = response.json()["choices"]
-    return choice
+    return choice_of(server.post("v1/completions", body))
 
 
 def spans_of(choice: dict) -> list[tuple[str, list[int]]]:
@@ -265,7 +263,7 @@ def test_old_weights_answer_until_the_commit_and_no_request_is_lost(server, trai
         stop = Event()
         asking = [pool.submit(ask_until, stop, server) for _ in range(3)]
         long = pool.submit(ask, server, LONG_REQUEST)
-        during = []
+        during: list[list[tuple[str, list[int]]]] = []
         trainer.sync(watched(CASE.tensors(B), during, server), "b")
         ask(server)
         stop.set()

@@ -9,6 +9,7 @@ H - hidden features
 
 import contextlib
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator
 from unittest import mock
@@ -134,8 +135,8 @@ def base_kernels(experts: Experts, m: int) -> Iterator[None]:
         "fp8_w8a8",
         list(BLOCK),
     )
-    launch = triton_moe.invoke_fused_moe_triton_kernel.__wrapped__
-    apply = TritonExperts.apply.__wrapped__
+    launch = inspect.unwrap(triton_moe.invoke_fused_moe_triton_kernel)
+    apply = inspect.unwrap(TritonExperts.apply)
     with (
         override_config(config),
         mock.patch.object(triton_moe, "invoke_fused_moe_triton_kernel", launch),

@@ -107,6 +107,7 @@ def weights(
     experts: int, n: int, k: int, scaling: Scaling, random: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw `b` and `b_scale`; `scaling` is a block shape, "channel" or "tensor"."""
+    shapes: dict[Scaling, tuple[int, ...]]
     shapes = {"channel": (experts, n, 1), "tensor": (experts,)}
     if isinstance(scaling, tuple):
         shapes[scaling] = (experts, -(-n // scaling[0]), -(-k // scaling[1]))
@@ -133,6 +134,7 @@ def problem(
     random = torch.Generator(device).manual_seed(seed)
     b, b_scale = b_and_scale or weights(experts, n, k, scaling, random)
     rows = m * top_k if is_second else m
+    shapes: dict[Scaling, tuple[int, ...]]
     shapes = {"channel": (rows, 1), "tensor": (1,)}
     if isinstance(scaling, tuple):
         shapes[scaling] = (rows, -(-k // scaling[1]))

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.harness.kernels import import_kernels
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_89": ("cuda", 89, 32),
@@ -209,6 +211,7 @@ def compile_for(kernel: Kernel, target: str) -> str:
     from triton.compiler import ASTSource
 
     module, name = kernel.path.split(":")
+    import_kernels(f"{PACKAGE}.{module}")
     source = ASTSource(
         fn=getattr(import_module(f"{PACKAGE}.{module}"), name),
         signature={**kernel.signature, **dict.fromkeys(kernel.constexprs, "constexpr")},

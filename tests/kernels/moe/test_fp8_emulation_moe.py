@@ -7,8 +7,8 @@ O rows of w13 (gate above up).
 """
 
 import dataclasses
-import logging
 from dataclasses import dataclass
+from logging.handlers import BufferingHandler
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -68,12 +68,12 @@ class Expert:
 
     @classmethod
     def random(cls, hidden: int, inter: int, scale_format: ScaleFormat) -> Self:
-        matrices = (
+        gate, up, down = (
             Fp8Matrix.random(*shape, scale_format)
             for shape in ((inter, hidden), (inter, hidden), (hidden, inter))
         )
         biases = tuple(torch.randn(n).bfloat16() for n in (inter, inter, hidden))
-        return cls(*matrices, biases)
+        return cls(gate, up, down, biases)
 
 
 @dataclass(frozen=True)
@@ -453,14 +453,12 @@ def test_other_platforms_keep_their_answer(support_native, monkeypatch):
 
 def test_warns_once():
     vllm.logger._print_warning_once.cache_clear()
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append
+    handler = BufferingHandler(capacity=10)
     fp8_emulation_moe.logger.addHandler(handler)
     try:
         make_kernel(Experts.random())
         make_kernel(Experts.random(CHANNEL))
     finally:
         fp8_emulation_moe.logger.removeHandler(handler)
-    assert [r.levelname for r in records] == ["WARNING"]
-    assert "FP8 emulation" in records[0].getMessage()
+    assert [r.levelname for r in handler.buffer] == ["WARNING"]
+    assert "FP8 emulation" in handler.buffer[0].getMessage()

@@ -42,8 +42,9 @@ def expected(name: str, scale: torch.Tensor) -> ScaleFaults | None:
     if not bad.any():
         return None
     index = tuple(bad.nonzero()[0].tolist())
-    counts = (int(kind.sum()) for kind in (nan, infinite, negative, zero))
-    return ScaleFaults(name, *counts, index, values[index].item())
+    kinds = dict(nan=nan, infinite=infinite, negative=negative, zero=zero)
+    counts = {kind: int(found.sum()) for kind, found in kinds.items()}
+    return ScaleFaults(name, **counts, index=index, value=values[index].item())
 
 
 def assert_found(scales: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import regex as re
@@ -93,7 +94,7 @@ def serve(
     from vllm import LLM, SamplingParams
     from vllm.config import VllmConfig
 
-    options = dict(enforce_eager=True, max_model_len=128)
+    options: dict[str, Any] = dict(enforce_eager=True, max_model_len=128)
     if ON_GPU:
         write_table(table, folder)
         options |= dict(attention_backend="TRITON_ATTN", gpu_memory_utilization=0.2)

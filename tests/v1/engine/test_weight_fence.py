@@ -2,13 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The fence, on real engine cores whose executor and scheduler are stand-ins."""
 
-import pickle
 import queue
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
+from tests.harness.pipe import through_pipe
 from vllm.model_executor.model_loader.reload import ReloadStatus
 from vllm.model_executor.model_loader.reload.errors import SyncConflictError
 from vllm.sampling_params import SamplingParams
@@ -72,7 +72,7 @@ class Executor:
 
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         replies = [run_method(w, method, args, kwargs or {}) for w in self.workers]
-        return replies if self.in_process else pickle.loads(pickle.dumps(replies))
+        return replies if self.in_process else through_pipe(replies)
 
     def sleep(self, level: int) -> None:
         self.is_sleeping = True

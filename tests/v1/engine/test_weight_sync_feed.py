@@ -22,7 +22,7 @@ class Feed(WeightSyncFeed):
     """A feed whose outbox can be looked into."""
 
     def __init__(self, make_stats=SchedulerStats):
-        self.outbox = queue.Queue()
+        self.outbox: queue.Queue = queue.Queue()
         scheduler = SimpleNamespace(make_stats=make_stats)
         super().__init__(SimpleNamespace(scheduler=scheduler), self.outbox)
 

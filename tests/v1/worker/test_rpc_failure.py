@@ -2,11 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a worker says of an exception."""
 
-import pickle
-
 import pytest
 import torch
 
+from tests.harness.pipe import through_pipe
 from vllm.model_executor.model_loader.reload import WeightSyncError
 from vllm.model_executor.model_loader.reload.agreement import RankFailedError
 from vllm.model_executor.model_loader.reload.errors import (
@@ -59,8 +58,8 @@ def test_only_some_of_many_findings_are_kept(missing, invalid, kept):
     assert failure.more == missing + invalid - sum(kept)
 
 
-def test_an_error_of_several_ranks_can_be_pickled():
+def test_an_error_of_several_ranks_travels():
     failure = RpcFailure.of(WeightSyncError("no", findings(1)))
-    error = pickle.loads(pickle.dumps(RpcFailedError("The RPC failed.", {1: failure})))
+    error = through_pipe(RpcFailedError("The RPC failed.", {1: failure}))
     assert error.failures == {1: failure}
     assert str(error).startswith("The RPC failed.\nrank 1: WeightSyncError: no\n")

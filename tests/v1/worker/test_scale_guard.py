@@ -65,6 +65,13 @@ def meet(watch: ScaleWatch, scale: torch.Tensor, expert: int = 3) -> None:
         watch.host_word.fill_(word)
 
 
+def told(worker: Worker) -> str:
+    """Look at the scales that were met; return the reason that there must be."""
+    reason = worker.scale_guard.look()
+    assert reason is not None
+    return reason
+
+
 def test_nothing_was_met(watch):
     worker = Worker()
     assert worker.scale_guard.look() is None
@@ -74,7 +81,7 @@ def test_nothing_was_met(watch):
 def test_raise_names_it_once_and_condemns_the_model(watch):
     worker = Worker()
     meet(watch, worker.scale)
-    reason = worker.scale_guard.look()
+    reason = told(worker)
     assert NAME in reason
     status = reload_status(worker.model)
     assert (status.state, status.fenced, status.detail) == (
@@ -89,7 +96,7 @@ def test_raise_without_a_name(watch):
     worker = Worker()
     hidden = torch.ones(4, 2, 2)
     meet(watch, hidden)
-    reason = worker.scale_guard.look()
+    reason = told(worker)
     assert f"{hidden.data_ptr():#x}" in reason
     assert "expert 3 of this rank, block [1, 0]" in reason
     assert reload_status(worker.model).fenced
@@ -145,7 +152,7 @@ def test_a_draft_model_with_dummy_weights_passes(watch):
     meet(watch, draft.scale)
     assert worker.scale_guard.look() is None
     meet(watch, worker.scale)
-    assert NAME in worker.scale_guard.look()
+    assert NAME in told(worker)
 
 
 @pytest.mark.parametrize("backend", ["uni", "mp"])
@@ -173,4 +180,4 @@ def test_a_worker_among_others_ends(watch):
 def test_a_worker_alone_leaves_it_to_the_core(watch):
     worker = Worker("uni")
     assert step(worker, watch, is_bad=True) == "output"
-    assert NAME in worker.scale_guard.look()
+    assert NAME in told(worker)

@@ -2,12 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What a worker replies to an RPC."""
 
-import pickle
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
+from tests.harness.pipe import through_pipe
 from vllm.model_executor.model_loader.reload import WeightSyncError, mark_inconsistent
 from vllm.v1.worker.rpc_failure import RpcFailedError, RpcFailure
 from vllm.v1.worker.weight_report import (
@@ -77,7 +77,7 @@ def test_of_an_exception_travels_what_can_be_said_of_it():
         def __init__(self, one, two):
             super().__init__(f"{one} and {two}")
 
-    reply = pickle.loads(pickle.dumps(WorkerReply(None, Unpicklable(1, 2), ())))
+    reply = through_pipe(WorkerReply(None, Unpicklable(1, 2), ()))
     assert reply.error == RpcFailure("Unpicklable: 1 and 2")
 
 

@@ -41,7 +41,7 @@ class Engine:
         self.fails_at = ""
         self.resets = 0
         self.taken = 0
-        self.infos = []
+        self.infos: list[dict] = []
 
     def parse_init_info(self, info: dict) -> dict:
         return info

@@ -14,8 +14,8 @@ the odd number (k + 1) * SPREAD | 1, and sums are modulo 2**64.
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
+
+from vllm.triton_utils import tl, triton
 
 __all__ = ["SPREAD", "can_sum_groups", "sum_groups"]
 

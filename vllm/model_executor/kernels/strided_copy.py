@@ -12,8 +12,8 @@ from operator import or_
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
+
+from vllm.triton_utils import tl, triton
 
 from .strided import Strided
 

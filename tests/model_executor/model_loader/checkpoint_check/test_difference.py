@@ -29,8 +29,8 @@ def sync(tmp_path):
         tensors = load_file(after / FILE)
         change(tensors)
         save_file(tensors, after / FILE)
-        opened = (open_checkpoint(str(folder)) for folder in (before, after))
-        return check_sync(*opened, passed_on)
+        old, new = (open_checkpoint(str(folder)) for folder in (before, after))
+        return check_sync(old, new, passed_on)
 
     return report
 

@@ -19,8 +19,15 @@ import torch
 
 from tests.checkpoints import Case, write_checkpoint
 from tests.harness import memory, stand_ins
+from tests.harness.kernels import import_kernels
 from tests.harness.models import Built, build, single_rank
 from tests.harness.snapshot import Snapshot, snapshot
+from tests.harness.threads import one_thread
+
+import_kernels(
+    "vllm.model_executor.kernels.group_sums",
+    "vllm.model_executor.kernels.strided_copy",
+)
 
 MakeModel = Callable[..., Built]
 ColdLoad = Callable[[Case, int], Snapshot]
@@ -46,10 +53,8 @@ def single_thread() -> Iterator[None]:
 
     They gain nothing from more, and on a busy machine threads wait long for each other.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 from examples.rl.weight_checksums import checksum as checksum_of_trainer
 from tests.checkpoints import write_checkpoint
 from tests.harness.ranks import start_ranks
+from tests.harness.sync import sync_parts
 from tests.model_executor.model_loader.reload.test_parallel import (
     FP8_BLOCK,
     LAYOUTS,
@@ -96,12 +97,8 @@ class Trainer:
         self.built = built
 
     def __call__(self, weights) -> dict[str, str]:
-        model, vllm_config = self.built
-        with self.built.worker_context():
-            initialize_layerwise_reload(model)
-            model.load_weights(weights)
-            finalize_layerwise_reload(model, vllm_config.model_config)
-        return sent_checksums(model)
+        sync_parts(self.built, [weights])
+        return sent_checksums(self.built.model)
 
 
 @pytest.fixture

@@ -74,7 +74,10 @@ def _closure(packed: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def _keyword_only(packed: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda *, packed=packed: packed
+    def read(*, packed: torch.Tensor = packed) -> torch.Tensor:
+        return packed
+
+    return read
 
 
 HOLDERS: dict[str, tuple[Callable, Callable]] = {
@@ -134,7 +137,7 @@ def test_a_rollback_of_a_commit_that_broke_off(applied):
         helper.level = float(w[0])
         helper.held = {"big" if is_old else "small": 1}
         if not is_old:
-            helper.added = 1
+            vars(helper)["added"] = 1
 
     layer, commit = prepare(process)
     before = vars(layer.method).copy()

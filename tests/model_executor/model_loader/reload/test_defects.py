@@ -12,6 +12,7 @@ import torch
 import vllm
 from tests.checkpoints import CASES, chunks
 from tests.harness.snapshot import Snapshot, assert_same, snapshot
+from tests.harness.sync import Weights, sync_parts
 from vllm.model_executor.model_loader.reload import (
     WeightSyncError,
     abort_layerwise_reload,
@@ -25,7 +26,6 @@ EXPERT = "model.layers.0.mlp.experts.0.down_proj.weight"
 SCALE = f"{EXPERT}_scale_inv"
 LAST = "model.layers.1.mlp.experts.0.down_proj.weight"
 Tensors = dict[str, torch.Tensor]
-Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class Server:
@@ -46,12 +46,7 @@ class Server:
         self.sync_parts(parts)
 
     def sync_parts(self, parts: Iterable[Weights]) -> None:
-        model, vllm_config = self.built
-        with self.built.worker_context():
-            initialize_layerwise_reload(model)
-            for part in parts:
-                model.load_weights(part)
-            finalize_layerwise_reload(model, vllm_config.model_config)
+        sync_parts(self.built, parts)
 
     def assert_synced(self) -> None:
         assert_same(self.serving(), self._cold_load(CASE, 2))

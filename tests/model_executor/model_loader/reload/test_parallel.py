@@ -20,11 +20,10 @@ from tests.harness.memory import nan_memory
 from tests.harness.models import Built, build
 from tests.harness.ranks import Ranks, start_ranks
 from tests.harness.snapshot import Snapshot, assert_same, snapshot
+from tests.harness.sync import sync_parts
 from vllm.model_executor.model_loader.reload import (
     ReloadStatus,
     WeightSyncError,
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
     reload_status,
 )
 from vllm.model_executor.model_loader.reload.agreement import RankFailedError
@@ -116,13 +115,9 @@ def cold_load(name: str, folder: Path) -> Snapshot:
 def sync(built: Built, policy: str, tensors: dict[str, torch.Tensor]) -> None:
     """Send the tensors in chunks through one bucket that is poisoned after each."""
     bucket = torch.empty(1 << 20, dtype=torch.uint8)
-    model, vllm_config = built
-    with pytest.MonkeyPatch.context() as patch, built.worker_context(), nan_memory():
+    with pytest.MonkeyPatch.context() as patch, nan_memory():
         patch.setenv("VLLM_RELOAD_COMMIT", policy)
-        initialize_layerwise_reload(model)
-        for chunk in chunks(tensors.items(), 1 << 17, bucket):
-            model.load_weights(chunk)
-        finalize_layerwise_reload(model, vllm_config.model_config)
+        sync_parts(built, chunks(tensors.items(), 1 << 17, bucket))
 
 
 def is_owned(tensor: str, rank: int) -> bool:

@@ -16,6 +16,7 @@ from vllm.model_executor.model_loader.reload.placement import (
     expert_placements,
 )
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
+from vllm.model_executor.model_loader.reload.transaction import ReloadTransaction
 
 CASE = CASES["qwen3_moe-fp8_block"]
 
@@ -33,7 +34,10 @@ def sync(built: Built, case: Case, seed: int) -> int:
     model, vllm_config = built
     with built.worker_context():
         initialize_layerwise_reload(model)
-        transaction = get_layerwise_info(model).model.transaction
+        reload = get_layerwise_info(model).model
+        assert reload is not None
+        transaction = reload.transaction
+        assert isinstance(transaction, ReloadTransaction)
         model.load_weights(case.tensors(seed))
         finalize_layerwise_reload(model, vllm_config.model_config)
     return transaction._planned.taken

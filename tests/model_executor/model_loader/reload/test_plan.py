@@ -237,7 +237,9 @@ def test_a_sync_of_a_part_adds_nothing_to_the_plan(make_model):
     part = [(n, t) for n, t in case.tensors(2) if ".layers.0." in n]
     with built.worker_context():
         initialize_layerwise_reload(model)
-        plan = get_layerwise_info(model).model.plan
+        reload = get_layerwise_info(model).model
+        assert reload is not None
+        plan = reload.plan
         routes_before = dict(plan.routes)
         model.load_weights(iter(part))
         finalize_layerwise_reload(model, vllm_config.model_config)
@@ -277,6 +279,7 @@ def test_of_a_tensor_that_is_repeated_in_a_list_the_last_counts():
     planned = PlannedCopies(routes, [target], lambda _: None, copies)
     assert planned.take("a", A) and planned.take("a", B)
     copies.flush()
+    assert target.memory is not None
     assert launches == [[[target.memory.data_ptr()], [B.data_ptr()]]]
 
 

@@ -3,6 +3,7 @@
 """The regions that a first load's calls wrote, derived on the meta device."""
 
 import gc
+from collections.abc import Generator
 
 import torch
 
@@ -75,6 +76,7 @@ def test_a_caller_that_stops_early_is_left_its_tensor():
     weights = WatchedWeights()
     watched = weights.watch([("a", torch.ones(1)), ("b", torch.ones(1))])
     next(watched)
+    assert isinstance(watched, Generator)
     watched.close()
     assert weights.current is None
 

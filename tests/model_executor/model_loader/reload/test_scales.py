@@ -103,9 +103,12 @@ def test_a_kernel_says_which_to_look_at(monkeypatch):
     found = scale_scan.ScaleFaults("bad", 1, 0, 0, 0, (0,), math.nan)
     scanned: list[str] = []
     monkeypatch.setattr(scales, "HAS_TRITON", True)
-    monkeypatch.setattr(
-        scale_scan, "scan_scales", lambda given: scanned.extend(given) or [found]
-    )
+
+    def scan_scales(given: dict[str, torch.Tensor]) -> list[scale_scan.ScaleFaults]:
+        scanned.extend(given)
+        return [found]
+
+    monkeypatch.setattr(scale_scan, "scan_scales", scan_scales)
     on_device = {"good": torch.float32, "bad": E8M0, "odd": torch.float8_e4m3fn}
     tensors = {n: torch.empty(1, dtype=t, device="meta") for n, t in on_device.items()}
     tensors["host"] = torch.ones(1)

@@ -6,9 +6,8 @@ import pytest
 
 from tests.checkpoints import CASES
 from tests.harness.snapshot import assert_same, snapshot
+from tests.harness.sync import sync_parts
 from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
     reload_status,
 )
 
@@ -21,9 +20,6 @@ def test_synced_model_equals_cold_load(
     monkeypatch.setenv("VLLM_RELOAD_COMMIT", policy)
     model, vllm_config = built = make_model(case, seed=1)
     for version, seed in enumerate((2, 3), start=1):
-        with built.worker_context():
-            initialize_layerwise_reload(model)
-            model.load_weights(case.tensors(seed))
-            finalize_layerwise_reload(model, vllm_config.model_config)
+        sync_parts(built, [case.tensors(seed)])
         assert reload_status(model).version == version
     assert_same(snapshot(model), cold_load(case, 3))

@@ -16,6 +16,7 @@ from tests.checkpoints import CASES, chunks
 from tests.harness.memory import allocated
 from tests.harness.models import Built
 from tests.harness.ranks import start_ranks
+from tests.harness.sync import Weights, sync_parts
 from vllm.model_executor.model_loader.reload import (
     WeightSyncError,
     abort_layerwise_reload,
@@ -34,7 +35,6 @@ from vllm.model_executor.model_loader.reload.sync_report import (
 CASE = CASES["qwen3_moe-fp8_block"]
 EXPERTS = "model.layers.1.mlp.experts"
 SCALE = f"{EXPERTS}.3.up_proj.weight_scale_inv"
-Weights = Iterable[tuple[str, torch.Tensor]]
 
 EXAMPLE = SyncReport(
     model="Model",
@@ -71,12 +71,7 @@ class Trainer:
 
     def parts(self, parts: Iterable[Weights]) -> SyncReport:
         """Sync, and return the report."""
-        model, vllm_config = self.built
-        with self.built.worker_context():
-            initialize_layerwise_reload(model)
-            for part in parts:
-                model.load_weights(part)
-            finalize_layerwise_reload(model, vllm_config.model_config)
+        sync_parts(self.built, parts)
         return read_report(self.file)
 
     def fails(self, *parts: Weights) -> SyncReport:

@@ -12,10 +12,9 @@ from matplotlib import pyplot as plt
 
 from benchmarks.sync import timeline
 from tests.checkpoints import CASES, chunks
+from tests.harness.sync import sync_parts
 from vllm.model_executor.model_loader.reload import (
     WeightSyncError,
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
 )
 from vllm.model_executor.model_loader.reload.sync_report import SyncReport, read_report
 
@@ -32,11 +31,7 @@ def sync(make_model, monkeypatch, tmp_path):
 
     def run(tensors: dict[str, torch.Tensor]) -> SyncReport:
         bucket = torch.empty(1 << 20, dtype=torch.uint8)
-        with built.worker_context():
-            initialize_layerwise_reload(built.model)
-            for chunk in chunks(tensors.items(), 1 << 18, bucket):
-                built.model.load_weights(chunk)
-            finalize_layerwise_reload(built.model, built.vllm_config.model_config)
+        sync_parts(built, chunks(tensors.items(), 1 << 18, bucket))
         return read_report(file)
 
     def run_or_fail(tensors: dict[str, torch.Tensor]) -> SyncReport:

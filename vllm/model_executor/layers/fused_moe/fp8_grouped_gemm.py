@@ -15,14 +15,16 @@ the experts that have tokens.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import triton
-import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm.model_executor.layers.fused_moe.scale_watch import ScaleWatch, scale_watch
 from vllm.model_executor.layers.fused_moe.tile import Tile
+from vllm.triton_utils import tl, triton
+
+if TYPE_CHECKING:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["Routing", "fp8_grouped_gemm", "fp8_grouped_gemm_kernel"]
 
@@ -164,7 +166,7 @@ def _blocks_in_m(num_slots: int, routing: Routing, tile: Tile) -> int:
     return min(triton.cdiv(routing.slots.numel(), tile.block_m), most)
 
 
-def _descriptor(b: torch.Tensor, tile: Tile, block_k: int) -> TensorDescriptor | None:
+def _descriptor(b: torch.Tensor, tile: Tile, block_k: int) -> "TensorDescriptor | None":
     """Describe the weights to the tensor memory accelerator, if the tile wants it.
 
     It takes rows that start at multiples of 16 bytes.
@@ -172,6 +174,8 @@ def _descriptor(b: torch.Tensor, tile: Tile, block_k: int) -> TensorDescriptor |
     num_experts, n, k = b.shape
     if not tile.tma_b or not b.is_contiguous() or k % 16 or b.data_ptr() % 16:
         return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     box = [tile.block_n // tile.slices_n, block_k]
     return TensorDescriptor(b, [num_experts * n, k], [k, 1], box)
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
+
+from vllm.triton_utils import tl, triton
 
 __all__ = ["SCALE_DTYPES", "ScaleFaults", "scan_scales"]
 

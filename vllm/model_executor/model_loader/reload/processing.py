@@ -106,7 +106,8 @@ def process_layer(
         shadow = _shadow_of(staged, children or {}, renew)
     # As a cold load does; else what processing makes has another type than what serves.
     with set_default_torch_dtype(get_layerwise_info(staged.layer).default_dtype):
-        with watching or nullcontext():
+        watch: AbstractContextManager = nullcontext() if watching is None else watching
+        with watch:
             process_quantized(shadow.layer)
         if is_attention(staged.layer) and model_config is not None:
             process_attention(shadow.layer, model_config)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""What the answer to a finished weight update says of what was updated."""
+"""What the answer to a finished weight update says of it."""
 
 import asyncio
 import json
@@ -9,22 +9,30 @@ from types import SimpleNamespace
 import pytest
 from fastapi.responses import JSONResponse
 
-from vllm.entrypoints.serve.reach_body import tells_reach
+from vllm.entrypoints.serve.finish_answer import tells_of_the_sync
 
 
-def answer_after(reaches: list) -> dict:
-    """Finish an update of which the workers tell this."""
+def answer_after(reaches: list, ended: dict | None = None) -> dict:
+    """Finish an update of which the workers tell this, and the engine core that."""
+
+    last_call = "finish_weight_update"
 
     async def rpc(method: str) -> list:
+        nonlocal last_call
         assert method == "weight_update_reach"
+        last_call = method
         return reaches
+
+    async def last() -> dict | None:
+        return ended if last_call == "finish_weight_update" else None
 
     async def finish(raw_request) -> JSONResponse:
         return JSONResponse({"message": "finished"})
 
-    state = SimpleNamespace(engine_client=SimpleNamespace(collective_rpc=rpc))
+    client = SimpleNamespace(collective_rpc=rpc, last_weight_sync=last)
+    state = SimpleNamespace(engine_client=client)
     request = SimpleNamespace(app=SimpleNamespace(state=state))
-    answer = asyncio.run(tells_reach(finish)(raw_request=request))
+    answer: JSONResponse = asyncio.run(tells_of_the_sync(finish)(raw_request=request))
     return json.loads(answer.body)
 
 
@@ -53,3 +61,8 @@ def test_at_most_twenty_are_listed():
 @pytest.mark.parametrize("reaches", [[], [None, None]])
 def test_of_other_kinds_of_updates_nothing_is_told(reaches):
     assert answer_after(reaches) == {"message": "finished"}
+
+
+def test_the_sync_that_ended_is_told():
+    ended = {"version": 3, "pause_seconds": 0.02}
+    assert answer_after([None], ended) == {"message": "finished", "sync": ended}
