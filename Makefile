@@ -46,6 +46,7 @@ quick: lint
 test: default-venv
 	@$(PYTHON) -m overlay venv --base $(REPORTED_BASE)
 	.venv/bin/python -m pytest tests
+	.venv/bin/python -m tests.upstream
 	.venv-$(REPORTED_BASE)/bin/python -m pytest $(REPORTED_BASE_TESTS)
 
 soak: default-venv

@@ -40,16 +40,16 @@ class FaultyWorker:
         The error is the allocator's own: it is asked for more than there is.
         """
         left = [None] * int(tensors)
-        allocate = meta.materialize_meta_tensor
+        allocate = meta.materialize_on
 
-        def limited(like: torch.Tensor, device: torch.device | None = None):
+        def limited(like: torch.Tensor, device: torch.device | None):
             if not left:
                 self._ran_out = True
                 return torch.empty(TOO_MUCH, dtype=torch.uint8, device=device)
             left.pop()
             return allocate(like, device)
 
-        self._change(meta, "materialize_meta_tensor", limited)
+        self._change(meta, "materialize_on", limited)
 
     def commit_slowly(self, seconds: str) -> None:
         """Let each layer take its time to be committed."""

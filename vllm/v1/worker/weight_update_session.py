@@ -13,7 +13,6 @@ from dataclasses import asdict
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from vllm.config import ParallelConfig
 from vllm.model_executor.model_loader.reload import (
     WeightSyncError,
     abort_layerwise_reload,
@@ -73,7 +72,8 @@ def continues_session(step: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
         with _on_all_ranks(worker, closes=worker._weight_update_active):
             if not worker._weight_update_active:
                 raise SyncConflictError(
-                    "no weight update is open; call start_weight_update first"
+                    f"{step.__name__} came without a matching start: no weight update "
+                    "is open, start_weight_update must be called first"
                 )
             return step(worker, *args, **kwargs)
 
@@ -126,20 +126,19 @@ def check_configured(engine: Any) -> None:
     """
     if engine is None:
         raise TransferMissingError(
-            "this server has no way for weights to come: start it with "
+            "Weight transfer not configured; start the server with "
             """--weight-transfer-config, such as '{"backend": "shm"}'"""
         )
 
 
-def check_per_rank(update_info: Any, parallel: ParallelConfig, rank: int) -> None:
+def check_per_rank(update_info: Any, worker: Any) -> None:
     """Check that a list of update infos has one for each rank.
 
     A replica of a dense model does not know how many replicas there are.
 
     Args:
         update_info: one update info for all ranks, or a list of them.
-        parallel: how this replica is parallel.
-        rank: this worker's in its replica.
+        worker: the worker, which knows its rank and how its replica is parallel.
 
     Raises:
         ValueError: the list has none for this rank, or not as many for each replica.
@@ -147,8 +146,9 @@ def check_per_rank(update_info: Any, parallel: ParallelConfig, rank: int) -> Non
     """
     if not isinstance(update_info, list):
         return
+    parallel = worker.vllm_config.parallel_config
     size, place = parallel.world_size, parallel.data_parallel_index
-    if len(update_info) % size or len(update_info) <= place * size + rank:
+    if len(update_info) % size or len(update_info) <= place * size + worker.rank:
         raise ValueError(
             f"expected one update_info for all ranks, or a list with one for each of "
             f"{size} in each replica, got a list of {len(update_info)} in replica "
@@ -211,8 +211,9 @@ def _on_all_ranks(worker: Any, closes: bool) -> Iterator[None]:
 def _check_none_open(worker: Any) -> None:
     if worker._weight_update_active:
         raise SyncConflictError(
-            "a weight update is open already; end it with finish_weight_update, or "
-            "with abort_weight_update if its trainer is gone"
+            "a weight update is open already, and this is not done during a weight "
+            "update; end it with finish_weight_update, or with abort_weight_update if "
+            "its trainer is gone"
         )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "is_parameter_alias",
     "materialize_layer",
     "materialize_meta_tensor",
+    "materialize_on",
     "parameter_storages",
     "restore_layer_on_meta",
     "storage_address",
@@ -46,10 +47,15 @@ def to_meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return like(tensor.data.to("meta"), tensor)
 
 
-def materialize_meta_tensor(
-    meta_tensor: torch.Tensor, device: torch.device | None = None
+def materialize_meta_tensor(meta_tensor: torch.Tensor) -> torch.Tensor:
+    """The reverse, on the default device; the values are uninitialised."""
+    return materialize_on(meta_tensor, None)
+
+
+def materialize_on(
+    meta_tensor: torch.Tensor, device: torch.device | None
 ) -> torch.Tensor:
-    """The reverse, on a device or the default one; the values are uninitialised."""
+    """The same on a device, also where the default one is not asked for."""
     layout = tuple(meta_tensor.shape), meta_tensor.stride()
     memory = torch.empty_strided(*layout, dtype=meta_tensor.dtype, device=device)
     return like(memory, meta_tensor)

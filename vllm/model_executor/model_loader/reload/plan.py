@@ -76,7 +76,9 @@ def fingerprint(
         A value that compares equal as long as nothing changed.
 
     """
-    maps = (layer.expert_map for layer in model.modules() if _has_map(layer))
+    # A property may ask for what a layer that is not balanced does not have.
+    holders = filter(_has_map, model.modules())
+    maps = (getattr(layer, "expert_map", None) for layer in holders)
     local = [m.tolist() for m in maps if isinstance(m, torch.Tensor)]
     layouts = [(m.shape, m.stride(), m.dtype) for m in metas]
     return layouts, local, list(placements)

@@ -90,7 +90,7 @@ class StagedTensor:
 
     def _allocate(self) -> torch.Tensor:
         try:
-            return meta_tensors.materialize_meta_tensor(self.meta, self.device)
+            return meta_tensors.materialize_on(self.meta, self.device)
         except RuntimeError as error:  # which is what torch's allocators raise
             reason, _, _ = str(error).partition("\n")
             raise MemoryError(f"no memory to stage {self.path}: {reason}") from error
