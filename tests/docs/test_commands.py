@@ -76,8 +76,6 @@ NOT_RUN = {
     "make venv": INSTALLS,
     "make venv [BASE=0.22.1]": INSTALLS,
     "pip install .": INSTALLS,
-    "pip install pre-commit": INSTALLS,
-    "pre-commit install": "changes the clone's hooks",
     "python -m benchmarks.kernels.moe.tune --model Qwen3-30B-A3B": GPU,
     "python -m benchmarks.sync --model Qwen3-30B-A3B --layers 16 --bucket 1073741824": (
         GPU
