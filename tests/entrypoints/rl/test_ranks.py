@@ -87,6 +87,8 @@ class Running:
 
 @pytest.fixture(scope="module", params=PARALLELISMS)
 def running(request, tmp_path_factory) -> Iterator[Running]:
+    if request.param == "ep" and torch.cpu._is_amx_tile_supported():
+        pytest.skip("the released kernel for AMX fails where experts are shared out")
     folder = tmp_path_factory.mktemp(request.param)
     model = write_checkpoint(CASE, B, folder / "model", tokenizer=True)
     parallelism = PARALLELISMS[request.param]

@@ -27,6 +27,7 @@ from tests.harness.threads import one_thread
 import_kernels(
     "vllm.model_executor.kernels.group_sums",
     "vllm.model_executor.kernels.strided_copy",
+    "vllm.model_executor.layers.fused_moe.scale_scan",
 )
 
 MakeModel = Callable[..., Built]
