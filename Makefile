@@ -7,7 +7,7 @@ BASE ?=
 # The release on which the defect was reported, as far as a CPU has it.
 REPORTED_BASE := 0.22.1
 # What needs no engine, which that release cannot start with this torch.
-REPORTED_BASE_TESTS := tests/model_executor/model_loader/reload tests/distributed \
+REPORTED_BASE_TESTS := tests/distributed tests/model_executor/model_loader/reload \
 	tests/entrypoints/serve tests/v1/metrics $(addprefix tests/v1/engine/test_, \
 	pending_calls.py rpc_refusal.py weight_health.py weight_sync_feed.py)
 # A first look: the docs, and the defects that the fork is about.

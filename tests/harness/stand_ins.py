@@ -56,6 +56,8 @@ def install(patch: pytest.MonkeyPatch) -> None:
     """Put a stand-in behind everything that loading needs and this machine lacks."""
     if not torch.accelerator.is_available():
         patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    if not hasattr(torch.ops._C, "convert_weight_packed"):
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     _append_linear_kernels(patch)
     _fall_back_to_triton_experts(patch, fp8)
     _fall_back_to_triton_experts(patch, compressed_fp8)
