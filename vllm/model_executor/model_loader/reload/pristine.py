@@ -155,7 +155,9 @@ class PristineLayer:
         if type(value) in _PLAIN:
             return value
         key = id(value)
-        if key == self._layer_key or key in self._tensor_names | self._child_names:
+        if key == self._layer_key:
+            return _Ref(key)
+        if key in self._tensor_names or key in self._child_names:
             return _Ref(key)
         if isinstance(value, MethodType) and id(value.__self__) == self._layer_key:
             return MethodType(value.__func__, _Ref(self._layer_key))
