@@ -80,6 +80,10 @@ NOT_RUN = {
     "python -m benchmarks.sync --model Qwen3-30B-A3B --layers 16 --bucket 1073741824": (
         GPU
     ),
+    (
+        "python -m benchmarks.sync.growth --model Qwen3-30B-A3B --layers 8 "
+        "--sweeps bucket"
+    ): GPU,
     "python -m benchmarks.sync.disk --repeats 7 --out build/disk.json": MINUTES,
 }
 

@@ -412,7 +412,8 @@ class FaultSchedule(RuleBasedStateMachine):
     def _judge_answer(self, length: str, response: requests.Response) -> None:
         answer = answer_of(response)
         assert all(map(math.isfinite, answer[1])), answer
-        if length == "long" and torch.cpu._is_amx_tile_supported():
+        beside = length == "long" or self.waiting
+        if beside and torch.cpu._is_amx_tile_supported():
             return  # it rounds by what else runs; the weights are compared bit by bit
         key = (length, *sorted(self.oracle.serving.items()))
         assert self.bench.answers.setdefault(key, answer) == answer

@@ -111,7 +111,8 @@ def starting(
             env=variables,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            # In a session of its own it could leave no processor to its clients.
+            process_group=0,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:

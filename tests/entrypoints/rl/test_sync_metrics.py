@@ -296,9 +296,12 @@ def watched(tensors: Iterable, answers: list, server: Server) -> Iterator:
         yield item
 
 
-def generated(server: Server) -> float:
-    """How many tokens the server has generated."""
-    name = "vllm:generation_tokens_total"
+def begun(server: Server) -> float:
+    """How many tokens of prompts have been answered to.
+
+    They count with the first token of an answer; its last ones count after it was sent.
+    """
+    name = "vllm:prompt_tokens_total"
     return sum(s.value for s in samples_of(server) if s.name == name)
 
 
@@ -307,10 +310,10 @@ def test_a_paused_request_names_both(server, trainer):
     ((_, old),) = spans_of(ask(server, LONG_REQUEST))
     # With a cached prefix a CPU with AMX rounds otherwise.
     assert server.post("reset_prefix_cache", {}).status_code == 200
-    before = generated(server)
+    before = begun(server)
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(ask, server, LONG_REQUEST)
-        while generated(server) == before:
+        while begun(server) == before:
             time.sleep(0.01)
         assert server.post("pause?mode=keep", {}).status_code == 200
         trainer.sync(CASE.tensors(B), "b")
