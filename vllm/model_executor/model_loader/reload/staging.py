@@ -362,7 +362,12 @@ class StagedLayer:
 
 
 class StagingMode(TorchDispatchMode):
-    """Redirects operators on staged tensors to their memory, and notes the writes."""
+    """Redirects operators on staged tensors to their memory, and notes the writes.
+
+    Attributes:
+        touches: how many staged tensors operators were given, again and again.
+
+    """
 
     def __init__(
         self, tensors: Iterable[StagedTensor], recorder: RouteRecorder | None = None
@@ -375,6 +380,7 @@ class StagingMode(TorchDispatchMode):
         for tensor in tensors:
             if tensor.memory is not None:
                 self._by_memory[tensor.memory.untyped_storage()._cdata] = tensor
+        self.touches = 0
         self._touched: set[StagedTensor] = set()
         self._paused = False
 
@@ -435,6 +441,7 @@ class StagingMode(TorchDispatchMode):
 
     def _memory_of(self, view: torch.Tensor) -> torch.Tensor:
         tensor = self._by_meta.get(view.untyped_storage()._cdata)
+        self.touches += tensor is not None
         if tensor is None or tensor.closed:
             return view
         memory = tensor.materialize()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,7 @@ from .commit import Commit, Place, place_of
 from .copying import Copies, batch_launcher
 from .errors import Finding, WeightSyncError
 from .first_plan import first_routes
+from .idle_calls import IdleCalls
 from .placement import expert_placements
 from .plan import Plan, fingerprint
 from .planned import PlannedCopies
@@ -200,6 +202,7 @@ class ReloadTransaction:
         self._recorder = RouteRecorder()
         self._checksums = SentChecksums() if envs.VLLM_RELOAD_CHECKSUMS else None
         self._mode = StagingMode(self._layers_of, self._recorder)
+        self._idle = IdleCalls(self._recorder, self._mode)
         metas = [tensor.meta for tensor in self._layers_of]
         self._layout = fingerprint(model, metas, placements.values())
         # What the first load wrote says nothing of experts that have moved since.
@@ -210,6 +213,7 @@ class ReloadTransaction:
         self._ready = ReadyLayers(self._layers)
         self._planned = self._planned_copies(reload.plan)
         self._claimed: dict[Place, torch.Tensor] = {}
+        self._loaded: set[str] = set()  # names of parameters
         self._loading = False
         self._model_processed = False
         self._failure: str | None = None
@@ -285,12 +289,11 @@ class ReloadTransaction:
             weights = self._checksums.watch(weights)
         source = Source(weights, *watched)
         try:
-            source.skip_planned()
-            with self._staging():
-                result = self._load_weights(iter(source), *args, **kwargs)
-                self._check_experts()
-                self.commit_ready_layers()
-                self._commit_now(self._ready.take())
+            is_left = source.skip_planned()
+            load = partial(self._load_by_model, source, *args, **kwargs)
+            result = load() if is_left or args or kwargs else self._idle.run(load)
+            self.commit_ready_layers()
+            self._commit_now(self._ready.take())
         except BaseException as error:
             reason = f"loading {source.name or 'weights'}: {error!r}"
             refused = isinstance(error, Exception) and error is not source.error
@@ -303,7 +306,13 @@ class ReloadTransaction:
         finally:
             self._recorder.end()
         if isinstance(result, set):
-            result |= {tensor.path for tensor in self._layers_of if tensor.written}
+            result |= self._loaded
+        return result
+
+    def _load_by_model(self, source: Source, *args: Any, **kwargs: Any) -> Any:
+        with self._staging():
+            result = self._load_weights(iter(source), *args, **kwargs)
+        self._check_experts()
         return result
 
     def finish(self, model_config: ModelConfig | None) -> None:
@@ -514,6 +523,7 @@ class ReloadTransaction:
         touched = self._mode.take_touched()
         if touched:
             self._times.note_written(touched)
+            self._loaded.update(tensor.path for tensor in touched)
         if self._policy is CommitPolicy.MODEL:
             return
         for layer in {layer: None for t in touched for layer in self._layers_of[t]}:
