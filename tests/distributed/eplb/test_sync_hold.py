@@ -28,10 +28,10 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     reload_status,
 )
+from vllm.model_executor.model_loader.reload.model_reload import ModelReload
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.transaction import (
     CommitPolicy,
-    ModelReload,
     ReloadTransaction,
 )
 

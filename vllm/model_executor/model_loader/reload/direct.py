@@ -31,11 +31,11 @@ from vllm.logger import init_logger
 from .errors import Finding, WeightSyncError
 from .layerwise import _model_reload, _place_kernel_tensors, finish_first_load
 from .meta import restore_layer_on_meta, to_meta_tensor
+from .model_reload import ModelReload
 from .processing import is_attention
 from .recording import FirstLoad
 from .registry import get_layerwise_info
 from .scales import is_activation_quantity
-from .transaction import ModelReload
 from .types import LayerReloadingInfo
 from .utils import get_layer_params_buffers
 

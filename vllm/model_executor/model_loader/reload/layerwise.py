@@ -25,6 +25,7 @@ from .agreement import agree_across_ranks
 from .errors import WeightSyncError
 from .first_load import finish_recording, original_loader, start_recording
 from .meta import SKIP_LOAD_TENSORS
+from .model_reload import ModelReload
 from .online import OnlineLoad
 from .processing import is_attention
 from .reach import SyncReach
@@ -33,7 +34,7 @@ from .rollback import Rollback
 from .route import Route
 from .status import ReloadStatus
 from .sync_report import SyncReport
-from .transaction import CommitPolicy, ModelReload, ReloadTransaction
+from .transaction import CommitPolicy, ReloadTransaction
 from .types import LayerReloadingInfo
 from .utils import get_info_size, get_layer_tensors, has_device_tensors
 

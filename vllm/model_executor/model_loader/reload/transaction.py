@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from .copying import Copies, batch_launcher
 from .errors import Finding, WeightSyncError
 from .first_plan import first_routes
 from .idle_calls import IdleCalls
+from .model_reload import ModelReload
 from .placement import expert_placements
 from .plan import Plan, fingerprint
 from .planned import PlannedCopies
@@ -42,7 +42,6 @@ from .routing import RouteRecorder
 from .source import Source, Weights
 from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode, close
 from .staging_area import stage_model
-from .status import ReloadStatus
 from .sync_report import (
     Ending,
     SyncReport,
@@ -54,12 +53,9 @@ from .sync_report import (
 )
 from .unknown_experts import unknown_experts
 
-__all__ = ["CommitPolicy", "ModelReload", "ReloadTransaction", "Sync"]
+__all__ = ["CommitPolicy", "ReloadTransaction"]
 
 logger = init_logger(__name__)
-
-# Reports that nobody takes must not add up.
-MAX_KEPT = 100
 
 # These say all there is to say, or are not about the tensor that was being loaded.
 _UNEXPLAINED = (WeightSyncError, MemoryError, torch.OutOfMemoryError)
@@ -86,68 +82,6 @@ class CommitPolicy(Enum):
 
         """
         return cls(envs.VLLM_RELOAD_COMMIT)
-
-
-class Sync(Protocol):
-    """A sync that is under way, of whatever kind."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether weights may still be loaded."""
-
-    @property
-    def mixture(self) -> str:
-        """How much of the model serves new weights already; empty if nothing does."""
-
-    def finish(self, model_config: ModelConfig | None) -> None:
-        """Let the new weights serve."""
-
-    def abort(self, reason: str, error: BaseException | None = None) -> None:
-        """Let the old weights serve."""
-
-
-@dataclass
-class ModelReload:
-    """What a model knows of its syncs, from one to the next.
-
-    Attributes:
-        version: complete syncs so far.
-        first_loaded: whether a first load was seen, so that its writes are known.
-        lost: why no whole weights serve, if so; a sync then owes everything.
-        fenced: whether, when lost, requests must be refused.
-        transaction: the open sync, or the one that failed and was not closed.
-        plan: where earlier syncs brought what they were given.
-        unchecked: by which road weights came past the checks since a sync of all.
-        checksums: of what was sent, by checkpoint name, if they are asked for.
-        ended: reports of the syncs that ended last, without their layers, for whoever
-            takes them.
-        reach: what the last complete sync wrote, until somebody has asked.
-
-    """
-
-    version: int = 0
-    first_loaded: bool = False
-    lost: str = ""
-    fenced: bool = False
-    transaction: Sync | None = None
-    plan: Plan = field(default_factory=Plan)
-    unchecked: str = ""
-    checksums: dict[str, str] = field(default_factory=dict)
-    ended: deque[SyncReport] = field(default_factory=lambda: deque(maxlen=MAX_KEPT))
-    reach: SyncReach | None = None
-
-    @property
-    def status(self) -> ReloadStatus:
-        return replace(self._checked_status(), unchecked=self.unchecked)
-
-    def _checked_status(self) -> ReloadStatus:
-        if self.lost:
-            return ReloadStatus("inconsistent", self.version, self.lost, self.fenced)
-        if self.transaction is None or not self.transaction.is_open:
-            return ReloadStatus("serving", self.version)
-        mixture = self.transaction.mixture
-        detail = mixture and f"a weight sync is under way: {mixture}"
-        return ReloadStatus("updating", self.version, detail, fenced=bool(mixture))
 
 
 class ReloadTransaction:

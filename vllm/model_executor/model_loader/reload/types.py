@@ -14,8 +14,8 @@ from .recording import FirstLoad
 
 if TYPE_CHECKING:
     from .commit import Place
+    from .model_reload import ModelReload
     from .pristine import PristineLayer
-    from .transaction import ModelReload
 
 __all__ = ["BufferAlias", "LayerReloadingInfo", "LayerTensors", "OpenLayer"]
 
