@@ -5,13 +5,13 @@
 import logging
 import os
 import random
-import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import regex as re
 import torch
 from safetensors.torch import save_file
 

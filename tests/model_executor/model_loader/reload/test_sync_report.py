@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.reload import (
     abort_layerwise_reload,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
+    model_reload,
     transaction,
 )
 from vllm.model_executor.model_loader.reload import sync_report as module
@@ -319,10 +320,10 @@ def test_reports_are_taken_once(sync):
 
 
 def test_of_reports_that_nobody_takes_the_last_are_kept(sync):
-    for _ in range(transaction.MAX_KEPT + 1):
+    for _ in range(model_reload.MAX_KEPT + 1):
         initialize_layerwise_reload(sync.built.model)
         abort_layerwise_reload(sync.built.model, "enough")
-    assert len(take_reports(sync.built.model)) == transaction.MAX_KEPT
+    assert len(take_reports(sync.built.model)) == model_reload.MAX_KEPT
 
 
 def test_a_failed_report_says_what_was_wrong(sync):

@@ -11,7 +11,7 @@ when it needs memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,7 +91,7 @@ class Batch:
             file.release(start, stop)
 
 
-def read_ahead(tensors: Iterable[Wanted]) -> Iterator[StoredTensor]:
+def read_ahead(tensors: Iterable[Wanted]) -> Generator[StoredTensor, None, None]:
     """Yield tensors in their order, their parts in memory and the next on their way.
 
     A tensor is done with when the next one is asked for.
