@@ -96,9 +96,10 @@ def test_nothing_grows_from_sync_to_sync(sync, monkeypatch):
     # pytest keeps each line that a sync logs.
     monkeypatch.setattr(transaction.logger, "disabled", True)
     left = []
-    for _ in range(6):
+    for _ in range(10):
         sync()
         take_reports(sync.model)
         gc.collect()
         left.append(len(gc.get_objects()))
-    assert left[-1] <= left[1]
+    # Fewer than one a sync: a process has other things to remember now and then.
+    assert left[-1] - left[1] < len(left) - 2
