@@ -88,6 +88,16 @@ def doubled_in_place(param, weight):
     param.data.mul_(2)
 
 
+def padded(param, weight):
+    param.data[: len(weight)].copy_(weight)
+    param.data[len(weight) :].fill_(0)
+
+
+def test_padding_that_is_none_does_not_matter():
+    assert first_routes(staged_after(Model(whole, padded), a=TENSOR))
+    assert not first_routes(staged_after(Model(whole, padded), a=TENSOR[:3]))
+
+
 @pytest.mark.parametrize(
     "loader", [changed_in_the_loader, read_in_the_loader, doubled_in_place]
 )

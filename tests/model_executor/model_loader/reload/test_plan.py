@@ -65,6 +65,11 @@ def transposed(meta, tensor):
     meta.data.copy_(tensor.reshape(6, 4).t())
 
 
+def padded(meta, tensor):
+    rows(meta, tensor)
+    meta[len(meta) :].fill_(0)
+
+
 def broadcast(meta, tensor):
     meta.data.copy_(tensor[:1])
 
@@ -73,7 +78,7 @@ def nothing(meta, tensor):
     tensor.narrow(0, 0, 1)
 
 
-@pytest.mark.parametrize("load", [whole, rows, transposed, broadcast, nothing])
+@pytest.mark.parametrize("load", [whole, rows, transposed, padded, broadcast, nothing])
 def test_a_route_copies_what_its_loader_copied(load):
     routes = record(staged(), load, a=A)
     by_loader, by_route = staged(), staged()

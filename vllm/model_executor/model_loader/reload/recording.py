@@ -21,7 +21,9 @@ from .calls import CallNotes, LoaderCall, Sent, TensorSpec, WatchedWeights
 from .ledger import Box, Ledger, boxes_of_view
 from .view import View
 
-__all__ = ["FirstLoad", "RecordingLoader", "Write", "wrote"]
+__all__ = ["FirstLoad", "RecordingLoader", "Write", "fills_nothing", "wrote"]
+
+_FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +187,12 @@ def wrote(func: Any, args: tuple[Any, ...]) -> bool:
     """
     if func is torch.ops.aten.copy_.default:
         return True
-    fills = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor)
-    return func in fills and args[0].numel() == 1
+    return func in _FILLS and args[0].numel() == 1
+
+
+def fills_nothing(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operator call fills an empty tensor, such as padding that is none."""
+    return func in _FILLS and not args[0].numel()
 
 
 class _MetaWrites(TorchDispatchMode):
@@ -228,7 +234,7 @@ class _MetaWrites(TorchDispatchMode):
         if wrote(func, args) and args[0].untyped_storage()._cdata == self._storage:
             self._note(args[0], args[1])
             return args[0]
-        if self._concerns(args):
+        if self._concerns(args) and not fills_nothing(func, args):
             self.writes = None
         return func(*args, **(kwargs or {}))
 

@@ -29,7 +29,7 @@ from .fingerprint import Fingerprint, fingerprints
 from .huge_pages import prefer_huge_pages
 from .ledger import Box, Ledger, boxes_of_view
 from .placement import ExpertPlacement
-from .recording import FirstLoad, wrote
+from .recording import FirstLoad, fills_nothing, wrote
 from .regions import describe, shard_box
 from .routing import RouteRecorder
 
@@ -424,7 +424,7 @@ class StagingMode(TorchDispatchMode):
         if wrote(func, args) and (tensor := self._staged_of(args[0])) is not None:
             return self._write(tensor, func, args, kwargs)
         result = func(*args, **kwargs)
-        if self._recorder is not None:
+        if self._recorder is not None and not fills_nothing(func, args):
             values = (*args, *kwargs.values())
             self._recorder.seen(func, values, result, self._by_memory)
         return result
