@@ -128,7 +128,7 @@ def _values(scale: torch.Tensor) -> torch.Tensor:
 
 def _launch(values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     rows = [(v.data_ptr(), v.numel(), _FORMATS[v.dtype].value) for v in values]
-    tensors = torch.tensor(rows, dtype=torch.int64).to(device)
+    tensors = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
     faults = torch.zeros(len(values), 4, 2, dtype=torch.int64, device=device)
     faults[..., 1] = NOWHERE.value
     chunks = triton.cdiv(max(v.numel() for v in values), _CHUNK)

@@ -22,6 +22,8 @@ __all__ = ["Copies", "batch_launcher", "copy_values"]
 # Copies by their shape: addresses of targets and of sources, [2, copies] int64.
 Batches = Mapping[Strided, np.ndarray]
 Launch = Callable[[Batches], None]
+# Of targets and of sources.
+_Addresses = tuple[np.ndarray, np.ndarray]
 
 # Of longer runs torch has its threads copy a share each.
 _BYTES_OF_ONE_THREAD = 1 << 15
@@ -59,7 +61,7 @@ class Copies:
         self.put_off = False
         self._launch = launch
         self._waiting: defaultdict[Strided, dict[int, int]] = defaultdict(dict)
-        self._runs: defaultdict[Strided, list[np.ndarray]] = defaultdict(list)
+        self._runs: defaultdict[Strided, list[_Addresses]] = defaultdict(list)
 
     @property
     def can_wait(self) -> bool:
@@ -88,7 +90,7 @@ class Copies:
         self, layout: Strided, targets: np.ndarray, sources: np.ndarray
     ) -> None:
         """Put off copies to what nothing was copied to, from and to these addresses."""
-        self._runs[layout].append(np.stack([targets, sources]))
+        self._runs[layout].append((targets, sources))
 
     def flush(self) -> None:
         """Carry out what was put off."""
@@ -111,9 +113,9 @@ def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source)
 
 
-def _addresses(sources: Mapping[int, int]) -> np.ndarray:
-    """Addresses of targets and sources, [2, copies] int64; by those of the targets."""
-    return np.array([[*sources], [*sources.values()]], dtype=np.int64)
+def _addresses(sources: Mapping[int, int]) -> _Addresses:
+    """Columns of addresses, int64; by those of the targets."""
+    return np.array([*sources]), np.array([*sources.values()])
 
 
 def _is_short(layout: Strided) -> bool:

@@ -37,6 +37,7 @@ __all__ = [
 
 # Scales of activations, norms and the like: cheap to keep, and all that loaders read.
 _MAX_KEPT_BYTES = 1 << 14
+_NOTHING_OWED = Ledger([])
 
 
 def original_loader(tensor: torch.Tensor) -> Callable:
@@ -208,6 +209,6 @@ def owed_by(
         return first.owed.fresh()
     loadable = is_parameter and not is_activation_quantity(name)
     if not (first.seen if known else loadable):
-        return Ledger([])
+        return _NOTHING_OWED.fresh()
     slack = meta.numel() - get_tensor_load_numel(meta)
     return Ledger([Box.whole(meta.shape)], slack)

@@ -104,7 +104,10 @@ def initialize_layerwise_reload(model: torch.nn.Module, exposed: bool = False) -
     rollback = Rollback.from_environment()
     if policy is CommitPolicy.MODEL:
         rollback = None  # until all is known to be good, nothing is overwritten
-    ReloadTransaction(model, reload, policy, exposed, rollback).open()
+    # The default device is a mode that each question to a tensor goes through.
+    with torch._C.DisableTorchFunction():
+        transaction = ReloadTransaction(model, reload, policy, exposed, rollback)
+    transaction.open()
 
 
 def finalize_layerwise_reload(

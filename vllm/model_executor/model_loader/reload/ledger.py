@@ -7,7 +7,6 @@ twice changes nothing, so completion is coverage and never a count.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import copy
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -132,7 +131,8 @@ class Ledger:
 
     def fresh(self) -> "Ledger":
         """A ledger in which the same is owed, and nothing is written."""
-        ledger = copy(self)
+        ledger = object.__new__(Ledger)
+        vars(ledger).update(vars(self))  # a tenth of what `copy` takes
         ledger._begin()
         return ledger
 
@@ -152,13 +152,12 @@ class Ledger:
             Whether that is noted: not if one comes twice, or parts of boxes did.
 
         """
-        if self._noted or self._seen[numbers].any():
+        seen = self._seen.copy()
+        seen[numbers] = True
+        count = int(np.count_nonzero(seen))
+        if self._noted or count != self._seen_count + len(numbers):
             return False
-        self._seen[numbers] = True
-        if np.count_nonzero(self._seen) != self._seen_count + len(numbers):
-            self._seen[numbers] = False
-            return False
-        self._seen_count += len(numbers)
+        self._seen, self._seen_count = seen, count
         self.written_numel += int(self._numels[numbers].sum())
         return True
 

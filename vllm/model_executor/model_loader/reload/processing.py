@@ -35,9 +35,10 @@ __all__ = [
 
 def is_attention(layer: torch.nn.Module) -> bool:
     """Whether a layer processes itself, after all the others."""
-    kinds = (AttentionLayerBase, MMEncoderAttention)
-    process = getattr(layer, "process_weights_after_loading", None)
-    return isinstance(layer, kinds) and callable(process)
+    # In this order: a module takes long to say that it has no such attribute.
+    return isinstance(layer, AttentionLayerBase | MMEncoderAttention) and callable(
+        getattr(layer, "process_weights_after_loading", None)
+    )
 
 
 def unservable(layers: Iterable[StagedLayer]) -> list[Finding]:
@@ -65,11 +66,12 @@ def _written_scales(layer: StagedLayer) -> WrittenScales:
 def is_processed(layer: torch.nn.Module) -> bool:
     """Whether anything is done to a layer's tensors between loading and serving."""
     quant_method = getattr(layer, "quant_method", None)
-    if not isinstance(quant_method, QuantizeMethodBase):
-        return is_attention(layer)
-    process = quant_method.process_weights_after_loading
-    nothing = QuantizeMethodBase.process_weights_after_loading
-    return is_attention(layer) or getattr(process, "__func__", None) is not nothing
+    if isinstance(quant_method, QuantizeMethodBase):
+        process = quant_method.process_weights_after_loading
+        nothing = QuantizeMethodBase.process_weights_after_loading
+        if getattr(process, "__func__", None) is not nothing:
+            return True
+    return is_attention(layer)
 
 
 def prepare_as_staged(staged: StagedLayer) -> Commit:

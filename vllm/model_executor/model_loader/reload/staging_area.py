@@ -35,9 +35,7 @@ def stage_model(
 
     """
     area = _StagingArea(first_loaded, run, placements or {})
-    # The default device is a mode that each question goes through.
-    with torch._C.DisableTorchFunction():
-        layers = [area.stage(name, layer) for name, layer in model.named_modules()]
+    layers = [area.stage(name, layer) for name, layer in model.named_modules()]
     return [layer for layer in layers if layer.params or layer.buffers]
 
 

@@ -321,7 +321,8 @@ class ReloadTransaction:
         self._reload.lost, self._reload.fenced = "", False
         self._reload.reach = SyncReach.of(self._layers_of)
         for layer in self._layers:
-            self._drop(layer)
+            if not layer.committed:
+                self._drop(layer)
         self._end()
         self._report()
 
