@@ -12,7 +12,7 @@ tensor.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, update_wrapper
 from math import prod
 from time import perf_counter
@@ -48,7 +48,6 @@ class StagedTensor:
         first_load: how the first load called its loader.
         ledger: what is still to be written.
         initial: value it has before anything is loaded, if that matters.
-        calls: how this sync called the loader.
         tied: whether it is a parameter of several layers.
         optional: whether it may come although it is not owed.
         memory: its memory, once touched.
@@ -73,7 +72,6 @@ class StagedTensor:
     until: float | None = None
     closed: bool = False
     sealed: Fingerprint | None = None
-    calls: FirstLoad = field(default_factory=FirstLoad)
 
     def materialize(self) -> torch.Tensor:
         """Its memory; allocated, and set to the create-time value, on first use."""
@@ -100,6 +98,11 @@ class StagedTensor:
         memory = self.materialize()
         data = memory.data.clone() if self.tied else memory.data
         return meta_tensors.like(data, memory)
+
+    @cached_property
+    def calls(self) -> FirstLoad:
+        """How this sync called the loader."""
+        return FirstLoad()
 
     @cached_property
     def key(self) -> tuple[str, str]:

@@ -80,7 +80,9 @@ class _StagingArea:
     ) -> StagedTensor:
         info = get_layerwise_info(staged.layer)
         meta = restore_layer_refs(to_meta_tensor(like), staged.layer)
-        first_load = info.first_load.setdefault(name, FirstLoad())
+        first_load = info.first_load.get(name)
+        if first_load is None:
+            first_load = info.first_load[name] = FirstLoad()
         self._derivation.derive(staged.name, name, meta, first_load)
         ledger = owed_by(name, meta, first_load, is_parameter, self._first_loaded)
         device = info.restore_device
