@@ -28,12 +28,10 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     reload_status,
 )
+from vllm.model_executor.model_loader.reload.committer import CommitPolicy
 from vllm.model_executor.model_loader.reload.model_reload import ModelReload
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
-from vllm.model_executor.model_loader.reload.transaction import (
-    CommitPolicy,
-    ReloadTransaction,
-)
+from vllm.model_executor.model_loader.reload.transaction import ReloadTransaction
 
 FP8_BLOCK = CASES["qwen3_moe-fp8_block"]
 CASE = Case(

@@ -22,6 +22,7 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
 from .agreement import agree_across_ranks
+from .committer import CommitPolicy
 from .errors import WeightSyncError
 from .first_load import finish_recording, original_loader, start_recording
 from .meta import SKIP_LOAD_TENSORS
@@ -34,7 +35,7 @@ from .rollback import Rollback
 from .route import Route
 from .status import ReloadStatus
 from .sync_report import SyncReport
-from .transaction import CommitPolicy, ReloadTransaction
+from .transaction import ReloadTransaction
 from .types import LayerReloadingInfo
 from .utils import get_info_size, get_layer_tensors, has_device_tensors
 

@@ -4,10 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -19,20 +18,16 @@ from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
 from .agreement import agree_across_ranks
-from .as_staged import prepare_commit_of
-from .bitwise import same_bytes
 from .checksums import SentChecksums
-from .commit import Commit, Place, place_of
+from .committer import CommitPolicy, Committer
 from .copying import Copies, batch_launcher
-from .errors import Finding, WeightSyncError
+from .errors import WeightSyncError
 from .first_plan import first_routes
 from .idle_calls import IdleCalls
 from .model_reload import ModelReload
 from .placement import expert_placements
 from .plan import Plan, fingerprint
 from .planned import PlannedCopies
-from .pristine import Shadow
-from .processing import is_attention, pair_layer, process_layer, unservable
 from .reach import SyncReach
 from .ready_layers import ReadyLayers
 from .registry import get_layerwise_info
@@ -40,7 +35,7 @@ from .rollback import Rollback
 from .route import Route
 from .routing import RouteRecorder
 from .source import Source, Weights
-from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode, close
+from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
 from .staging_area import stage_model
 from .sync_report import (
     Ending,
@@ -53,35 +48,12 @@ from .sync_report import (
 )
 from .unknown_experts import unknown_experts
 
-__all__ = ["CommitPolicy", "ReloadTransaction"]
+__all__ = ["ReloadTransaction"]
 
 logger = init_logger(__name__)
 
 # These say all there is to say, or are not about the tensor that was being loaded.
 _UNEXPLAINED = (WeightSyncError, MemoryError, torch.OutOfMemoryError)
-
-
-class CommitPolicy(Enum):
-    """When staged layers start to serve.
-
-    LAYER: each as soon as it is complete; extra memory for one layer. Whether the old
-        weights serve after a failure is for a `Rollback`.
-    MODEL: all of them at the end; extra memory for one model, and whatever fails, the
-        old weights serve.
-    """
-
-    LAYER = "layer"
-    MODEL = "model"
-
-    @classmethod
-    def from_environment(cls) -> CommitPolicy:
-        """The policy that VLLM_RELOAD_COMMIT names.
-
-        Raises:
-            ValueError: it names no policy.
-
-        """
-        return cls(envs.VLLM_RELOAD_COMMIT)
 
 
 class ReloadTransaction:
@@ -130,13 +102,12 @@ class ReloadTransaction:
         for layer in self._layers:
             for tensor in layer.tensors:
                 self._layers_of.setdefault(tensor, []).append(layer)
-        attention = [layer.layer for layer in self._layers if is_attention(layer.layer)]
-        self._deferred = {child for layer in attention for child in layer.children()}
-        self._deferred.update(attention)
         self._recorder = RouteRecorder()
         self._checksums = SentChecksums() if envs.VLLM_RELOAD_CHECKSUMS else None
         self._mode = StagingMode(self._layers_of, self._recorder)
         self._idle = IdleCalls(self._recorder, self._mode)
+        ways = policy, rollback, self._mode, self._times
+        self._committer = Committer(model, reload, self._layers_of, *ways)
         metas = [tensor.meta for tensor in self._layers_of]
         self._layout = fingerprint(model, metas, placements.values())
         # What the first load wrote says nothing of experts that have moved since.
@@ -146,10 +117,8 @@ class ReloadTransaction:
                 tensor.first_load.forget_routes()
         self._ready = ReadyLayers(self._layers)
         self._planned = self._planned_copies(reload.plan)
-        self._claimed: dict[Place, torch.Tensor] = {}
         self._loaded: set[str] = set()  # names of parameters
         self._loading = False
-        self._model_processed = False
         self._failure: str | None = None
         self._ending = Ending()
 
@@ -263,10 +232,8 @@ class ReloadTransaction:
                 with agree_across_ranks():
                     self._check_open()
                     self._check_complete()
-                    prepared = self._finish_layers(model_config)
-                for layer, commit in prepared:
-                    self._apply(layer, commit)
-                self._process_model()
+                    prepared = self._committer.finish(self._left(), model_config)
+                self._committer.apply(prepared)
             except BaseException as error:
                 self.abort(str(error) or repr(error), error)
                 raise
@@ -294,7 +261,9 @@ class ReloadTransaction:
                 f"again. It failed at {reason}"
             )
         for layer in self._layers:
-            self._drop(layer)
+            self._committer.drop(layer)
+        for tensor in self._layers_of:
+            self._mode.forget(tensor)
         if mixture and self._rollback is not None and self._restored(self._rollback):
             self._reload.lost, self._reload.fenced = lost, fenced
             logger.warning("A weight sync failed when %s: rolled back.", mixture)
@@ -322,7 +291,7 @@ class ReloadTransaction:
         self._reload.reach = SyncReach.of(self._layers_of)
         for layer in self._layers:
             if not layer.committed:
-                self._drop(layer)
+                self._committer.drop(layer)
         self._end()
         self._report()
 
@@ -366,10 +335,7 @@ class ReloadTransaction:
     def _restored(self, rollback: Rollback) -> bool:
         """Let what served before this sync serve again; tell whether that worked."""
         try:
-            with self._aside():
-                rollback.restore()
-            if self._model_processed:
-                self._process_model()
+            self._committer.roll_back(rollback)
         except Exception as error:
             logger.exception("The old weights could not be put back.")
             self._reload.lost += f". The old weights could not be put back: {error!r}"
@@ -380,9 +346,7 @@ class ReloadTransaction:
         return True
 
     def _end(self) -> None:
-        self._claimed.clear()  # whoever still holds this holds no staged memory
-        if self._rollback is not None:
-            self._rollback.clear()
+        self._committer.clear()  # whoever still holds this holds no staged memory
         if self._reload.transaction is self:
             vars(self._model).pop("load_weights", None)
             self._reload.transaction = None
@@ -406,7 +370,7 @@ class ReloadTransaction:
         owed = [layer for layer in layers if owes_all or layer.received]
         missing = [finding for layer in owed for finding in layer.missing()]
         changed = [layer for layer in layers if layer.changed]
-        invalid = self._unservable(changed)
+        invalid = self._committer.unservable(changed)
         if missing or invalid:
             what = "incomplete" if missing else "invalid"
             raise WeightSyncError(f"weight sync is {what}", missing, invalid)
@@ -459,14 +423,8 @@ class ReloadTransaction:
         if touched:
             self._times.note_written(touched)
             self._loaded.update(tensor.path for tensor in touched)
-        if self._policy is CommitPolicy.MODEL:
-            return
         for layer in {layer: None for t in touched for layer in self._layers_of[t]}:
-            if (
-                not layer.committed
-                and layer.ready
-                and layer.layer not in self._deferred
-            ):
+            if self._committer.may_commit(layer):
                 self._ready.add(layer)
         if self._ready.are_enough:
             self._commit_now(self._ready.take())
@@ -478,135 +436,14 @@ class ReloadTransaction:
         shown = [layer for layer in layers if layer.is_shown]
         for layer in layers:
             layer.hide()
-        with self._aside():
-            for layer in self._close(layers):
-                self._apply(layer, self._commit_of(layer))
+        self._committer.commit(layers)
         for layer in shown:
             if not (self._exposed and layer.committed):
                 layer.show()
 
-    def _close(self, layers: list[StagedLayer]) -> list[StagedLayer]:
-        """Take no more writes to those that may be served; return these."""
-        refused = {finding.layer for finding in self._unservable(layers)}
-        layers = [layer for layer in layers if layer.name not in refused]
-        with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
-            close([tensor for layer in layers for tensor in layer.tensors])
-        return layers
-
-    def _commit_of(self, layer: StagedLayer) -> Commit:
-        with self._times.committing.on(layer):
-            commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
-            self._check_shared(commit)
-        return commit
-
-    def _finish_layers(
-        self, model_config: ModelConfig | None
-    ) -> list[tuple[StagedLayer, Commit]]:
-        """Process the layers that are left, and commit those that need not wait."""
-        prepared: list[tuple[StagedLayer, Commit]] = []
-        shadows: dict[StagedLayer, Shadow] = {}
-        processed: dict[torch.nn.Module, torch.nn.Module] = {}
+    def _left(self) -> list[StagedLayer]:
+        """The layers that are not committed, hidden."""
         left = [layer for layer in self._layers if not layer.committed]
         for layer in left:
             layer.hide()
-        with self._aside():
-            for layer in sorted(left, key=lambda layer: is_attention(layer.layer)):
-                changed = {
-                    name: processed[child]
-                    for name, child in layer.layer.named_children()
-                    if child in processed
-                }
-                renewed = bool(changed) or bool(self._reload.lost)
-                derived = is_attention(layer.layer) and renewed
-                if not (derived or (layer.changed and layer.complete)):
-                    continue
-                if layer.layer in self._deferred:
-                    shadow = self._process(layer, model_config, changed)
-                    shadows[layer], processed[layer.layer] = shadow, shadow.layer
-                    continue
-                commit = self._commit_of(layer)
-                if self._policy is CommitPolicy.LAYER:
-                    self._apply(layer, commit)
-                else:
-                    prepared.append((layer, commit))
-                    self._release(layer)
-            # An attention layer may change what its children serve.
-            for layer, shadow in shadows.items():
-                prepared.append((layer, self._pair(layer, shadow)))
-        return prepared
-
-    def _unservable(self, layers: list[StagedLayer]) -> list[Finding]:
-        with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
-            return unservable(layers)
-
-    def _process(
-        self,
-        layer: StagedLayer,
-        model_config: ModelConfig | None,
-        children: Mapping[str, torch.nn.Module],
-    ) -> Shadow:
-        renew = bool(self._reload.lost)
-        with self._times.committing.on(layer):
-            return process_layer(layer, model_config, children, renew)
-
-    def _pair(self, layer: StagedLayer, shadow: Shadow) -> Commit:
-        with self._times.committing.on(layer):
-            commit = pair_layer(layer, shadow, renew=bool(self._reload.lost))
-            self._check_shared(commit)
-        return commit
-
-    def _process_model(self) -> None:
-        """Run the model's own hook, which a cold load runs after all layers."""
-        hook = getattr(self._model, "process_weights_after_loading", None)
-        if callable(hook) and not is_attention(self._model):
-            self._model_processed = True
-            hook()
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """For processing: no staging, no autograd, tensors that can be told changed."""
-        with self._mode.paused(), torch.inference_mode(False), torch.no_grad():
-            yield
-
-    def _check_shared(self, commit: Commit) -> None:
-        """Refuse to serve two different tensors from one memory.
-
-        Loading ties an output projection to the embedding where a checkpoint repeats
-        it; the next checkpoint may not.
-        """
-        pairs = [(place_of(live), live, new) for live, new in commit.copies]
-        for place, _, new in pairs:
-            other = self._claimed.get(place)
-            if other is not None and not same_bytes(other, new):
-                raise WeightSyncError(
-                    f"weight sync sends {commit.layer} values that differ from those "
-                    "of the layer whose memory it shares; load the checkpoint anew"
-                )
-        # What will be applied at once is in the live tensor, and not kept twice.
-        at_once = self._policy is CommitPolicy.LAYER
-        for place, live, new in pairs:
-            self._claimed[place] = live if at_once else new
-
-    def _apply(self, layer: StagedLayer, commit: Commit) -> None:
-        if self._rollback is not None:
-            self._rollback.keep(commit)
-        self._times.pause()
-        layer.committed = True  # from the first copy on
-        with self._times.committing.on(layer), torch._C.DisableTorchFunction():
-            commit.apply()
-        self._times.note_committed(layer.name)
-        self._drop(layer)
-
-    def _release(self, layer: StagedLayer) -> None:
-        """Drop the memory a layer is staged in, but for what its commit copies."""
-        for tensor in layer.tensors:
-            if not tensor.tied:
-                self._mode.forget(tensor)
-
-    def _drop(self, layer: StagedLayer) -> None:
-        layer.hide()
-        get_layerwise_info(layer.layer).reset()
-        for tensor in layer.tensors:
-            owners = self._layers_of[tensor]
-            if self._failure is not None or all(owner.committed for owner in owners):
-                self._mode.forget(tensor)
+        return left

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Putting the layers of a sync into service: one by one, or all at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+
+import vllm.envs as envs
+from vllm.config import ModelConfig
+
+from .as_staged import prepare_commit_of
+from .bitwise import same_bytes
+from .commit import Commit, Place, place_of
+from .errors import Finding, WeightSyncError
+from .model_reload import ModelReload
+from .pristine import Shadow
+from .processing import is_attention, pair_layer, process_layer, unservable
+from .registry import get_layerwise_info
+from .rollback import Rollback
+from .staging import StagedLayer, StagedTensor, StagingMode, close
+from .sync_report import SyncTimes
+
+__all__ = ["CommitPolicy", "Committer"]
+
+
+class CommitPolicy(Enum):
+    """When staged layers start to serve.
+
+    LAYER: each as soon as it is complete; extra memory for one layer. Whether the old
+        weights serve after a failure is for a `Rollback`.
+    MODEL: all of them at the end; extra memory for one model, and whatever fails, the
+        old weights serve.
+    """
+
+    LAYER = "layer"
+    MODEL = "model"
+
+    @classmethod
+    def from_environment(cls) -> CommitPolicy:
+        """The policy that VLLM_RELOAD_COMMIT names.
+
+        Raises:
+            ValueError: it names no policy.
+
+        """
+        return cls(envs.VLLM_RELOAD_COMMIT)
+
+
+class Committer:
+    """Checks the layers of a sync, processes them and lets them serve.
+
+        committer.commit(layers)                            # during the sync
+        prepared = committer.finish(layers, model_config)   # at its end: the others
+        committer.apply(prepared)                           # once all ranks agree
+
+    Args:
+        model: the model that serves.
+        reload: what is known of its syncs.
+        layers_of: the layers that hold each staged tensor.
+        policy: when layers start to serve.
+        rollback: keeps what committed layers held before, if that is wanted.
+        mode: watches the staged tensors.
+        times: when the sync did what.
+
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        reload: ModelReload,
+        layers_of: Mapping[StagedTensor, Sequence[StagedLayer]],
+        policy: CommitPolicy,
+        rollback: Rollback | None,
+        mode: StagingMode,
+        times: SyncTimes,
+    ):
+        self._model = model
+        self._reload = reload
+        self._layers_of = layers_of
+        self._policy = policy
+        self._rollback = rollback
+        self._mode = mode
+        self._times = times
+        self._claimed: dict[Place, torch.Tensor] = {}
+        self._model_processed = False
+        layers = {layer.layer for owners in layers_of.values() for layer in owners}
+        attention = {layer for layer in layers if is_attention(layer)}
+        children = {child for layer in attention for child in layer.children()}
+        self._deferred = attention | children
+
+    def may_commit(self, layer: StagedLayer) -> bool:
+        """Whether a layer can be committed before the end of the sync."""
+        if self._policy is CommitPolicy.MODEL or layer.committed:
+            return False
+        return layer.ready and layer.layer not in self._deferred
+
+    def commit(self, layers: Sequence[StagedLayer]) -> None:
+        """Commit those of these layers that may be served; the others stay open."""
+        with self._aside():
+            for layer in self._close(layers):
+                self._apply(layer, self._prepare(layer))
+
+    def unservable(self, layers: Sequence[StagedLayer]) -> list[Finding]:
+        """What is staged of these layers and must not be served."""
+        with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
+            return unservable(layers)
+
+    def _close(self, layers: Sequence[StagedLayer]) -> list[StagedLayer]:
+        """Take no more writes to those that may be served; return these."""
+        refused = {finding.layer for finding in self.unservable(layers)}
+        good = [layer for layer in layers if layer.name not in refused]
+        with self._times.checking.on(*good), torch._C.DisableTorchFunction():
+            close([tensor for layer in good for tensor in layer.tensors])
+        return good
+
+    def finish(
+        self, layers: Sequence[StagedLayer], model_config: ModelConfig | None
+    ) -> list[tuple[StagedLayer, Commit]]:
+        """Process the layers that are left, and commit those that need not wait.
+
+        Returns:
+            What is left to `apply`.
+
+        """
+        prepared: list[tuple[StagedLayer, Commit]] = []
+        shadows: dict[StagedLayer, Shadow] = {}
+        processed: dict[torch.nn.Module, torch.nn.Module] = {}
+        with self._aside():
+            for layer in sorted(layers, key=lambda layer: is_attention(layer.layer)):
+                changed = {
+                    name: processed[child]
+                    for name, child in layer.layer.named_children()
+                    if child in processed
+                }
+                renewed = bool(changed) or bool(self._reload.lost)
+                derived = is_attention(layer.layer) and renewed
+                if not (derived or (layer.changed and layer.complete)):
+                    continue
+                if layer.layer in self._deferred:
+                    shadow = self._process(layer, model_config, changed)
+                    shadows[layer], processed[layer.layer] = shadow, shadow.layer
+                    continue
+                commit = self._prepare(layer)
+                if self._policy is CommitPolicy.LAYER:
+                    self._apply(layer, commit)
+                else:
+                    prepared.append((layer, commit))
+                    self._release(layer)
+            # An attention layer may change what its children serve.
+            for layer, shadow in shadows.items():
+                prepared.append((layer, self._pair(layer, shadow)))
+        return prepared
+
+    def apply(self, prepared: Sequence[tuple[StagedLayer, Commit]]) -> None:
+        """Let these layers serve, and the model as a whole."""
+        for layer, commit in prepared:
+            self._apply(layer, commit)
+        self._process_model()
+
+    def drop(self, layer: StagedLayer) -> None:
+        """Hide what is staged of a layer; drop its memory if nobody else commits it."""
+        layer.hide()
+        get_layerwise_info(layer.layer).reset()
+        for tensor in layer.tensors:
+            if all(owner.committed for owner in self._layers_of[tensor]):
+                self._mode.forget(tensor)
+
+    def roll_back(self, rollback: Rollback) -> None:
+        """Let what served before this sync serve again."""
+        with self._aside():
+            rollback.restore()
+        if self._model_processed:
+            self._process_model()
+
+    def clear(self) -> None:
+        """Hold no memory any more."""
+        self._claimed.clear()
+        if self._rollback is not None:
+            self._rollback.clear()
+
+    def _prepare(self, layer: StagedLayer) -> Commit:
+        with self._times.committing.on(layer):
+            commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
+            self._check_shared(commit)
+        return commit
+
+    def _process(
+        self,
+        layer: StagedLayer,
+        model_config: ModelConfig | None,
+        children: Mapping[str, torch.nn.Module],
+    ) -> Shadow:
+        renew = bool(self._reload.lost)
+        with self._times.committing.on(layer):
+            return process_layer(layer, model_config, children, renew)
+
+    def _pair(self, layer: StagedLayer, shadow: Shadow) -> Commit:
+        with self._times.committing.on(layer):
+            commit = pair_layer(layer, shadow, renew=bool(self._reload.lost))
+            self._check_shared(commit)
+        return commit
+
+    def _process_model(self) -> None:
+        """Run the model's own hook, which a cold load runs after all layers."""
+        hook = getattr(self._model, "process_weights_after_loading", None)
+        if callable(hook) and not is_attention(self._model):
+            self._model_processed = True
+            hook()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """For processing: no staging, no autograd, tensors that can be told changed."""
+        with self._mode.paused(), torch.inference_mode(False), torch.no_grad():
+            yield
+
+    def _check_shared(self, commit: Commit) -> None:
+        """Refuse to serve two different tensors from one memory.
+
+        Loading ties an output projection to the embedding where a checkpoint repeats
+        it; the next checkpoint may not.
+        """
+        pairs = [(place_of(live), live, new) for live, new in commit.copies]
+        for place, _, new in pairs:
+            other = self._claimed.get(place)
+            if other is not None and not same_bytes(other, new):
+                raise WeightSyncError(
+                    f"weight sync sends {commit.layer} values that differ from those "
+                    "of the layer whose memory it shares; load the checkpoint anew"
+                )
+        # What will be applied at once is in the live tensor, and not kept twice.
+        at_once = self._policy is CommitPolicy.LAYER
+        for place, live, new in pairs:
+            self._claimed[place] = live if at_once else new
+
+    def _apply(self, layer: StagedLayer, commit: Commit) -> None:
+        if self._rollback is not None:
+            self._rollback.keep(commit)
+        self._times.pause()
+        layer.committed = True  # from the first copy on
+        with self._times.committing.on(layer), torch._C.DisableTorchFunction():
+            commit.apply()
+        self._times.note_committed(layer.name)
+        self.drop(layer)
+
+    def _release(self, layer: StagedLayer) -> None:
+        """Drop the memory a layer is staged in, but for what its commit copies."""
+        for tensor in layer.tensors:
+            if not tensor.tied:
+                self._mode.forget(tensor)
