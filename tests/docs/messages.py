@@ -21,6 +21,7 @@ _ARGUMENT = {
     "ValueError": 0,
     "WeightSyncError": 0,
     "Finding": 2,
+    "Flaw": 0,
     "_refuse": 1,
     "describe": 4,
     "mark_inconsistent": 1,

@@ -6,8 +6,9 @@ with shared_memory_of_a_gpu() as gpu:
     send_by_ipc(tensors, ask)
     gpu.spoil()     # all that was shared is poison now
 
-CUDA IPC shares memory by handles. Here a handle is a number, and who opens it gets the
-very tensor, so that vLLM's backend runs as it is, both sides of it.
+CUDA IPC shares memory by handles. Here a handle has what torch puts into one, but a
+number in the place of CUDA's own part, and who opens it gets the very tensor, so that
+vLLM's backend runs as it is, both sides of it.
 """
 
 from collections.abc import Iterator
@@ -23,9 +24,11 @@ from torch.overrides import TorchFunctionMode
 
 from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
 
-__all__ = ["SharedMemoryOfGpu", "shared_memory_of_a_gpu"]
+__all__ = ["GPU", "SharedMemoryOfGpu", "shared_memory_of_a_gpu"]
 
-DEVICE_PLACE = 6  # of the device among the arguments that a handle consists of
+EVENT_BYTES = 64
+HANDLE_PLACE = 7  # of CUDA's part among the arguments that a handle consists of
+GPU = "the one of this test"
 # NaN in every floating-point format.
 POISON = 0xFF
 
@@ -39,11 +42,25 @@ class SharedMemoryOfGpu:
     def export(self, tensor: torch.Tensor) -> tuple[None, tuple]:
         """Stand in for `reduce_tensor`."""
         self.shared.append(tensor)
-        return None, (len(self.shared) - 1, *[None] * DEVICE_PLACE)
+        number = str(len(self.shared) - 1).encode()
+        device, requires_grad, offset, must_wait = 0, False, 0, False
+        return None, (
+            *(type(tensor), tensor.size(), tensor.stride(), tensor.storage_offset()),
+            *(torch.storage.TypedStorage, tensor.dtype, device),
+            *(number, tensor.untyped_storage().nbytes(), offset, requires_grad),
+            *(b"counter", offset, bytes(EVENT_BYTES), must_wait),
+        )
 
-    def open(self, handle: int, *_: Any) -> torch.Tensor:
-        """Stand in for `rebuild_cuda_tensor`."""
-        return self.shared[handle]
+    def open(self, *handle: Any) -> torch.Tensor:
+        """Stand in for `rebuild_cuda_tensor`.
+
+        Raises:
+            RuntimeError: as CUDA says that nobody shared this.
+        """
+        number = handle[HANDLE_PLACE]
+        if not number.isdigit() or int(number) >= len(self.shared):
+            raise RuntimeError("CUDA error: invalid argument")
+        return self.shared[int(number)]
 
     def spoil(self) -> None:
         """Write over all of it, as its owner may once a request is answered."""
@@ -65,13 +82,12 @@ class _OnHost(TorchFunctionMode):
 def shared_memory_of_a_gpu() -> Iterator[SharedMemoryOfGpu]:
     """Let vLLM's IPC backend run without a GPU."""
     gpu = SharedMemoryOfGpu()
-    uuid = SimpleNamespace(uuid="the one of this test")
+    uuid = SimpleNamespace(uuid=GPU)
     stream = SimpleNamespace(synchronize=lambda: None)
     with pytest.MonkeyPatch.context() as patch, _OnHost():
         for module in (ipc_engine, packed_tensor):
             patch.setattr(module, "reduce_tensor", gpu.export)
-        for module in (ipc_engine, reductions):
-            patch.setattr(module, "rebuild_cuda_tensor", gpu.open)
+        patch.setattr(reductions, "rebuild_cuda_tensor", gpu.open)
         patch.setattr(torch.accelerator, "current_device_index", lambda: 0)
         patch.setattr(torch.cuda, "get_device_properties", lambda index: uuid)
         patch.setattr(torch.cuda, "current_stream", lambda: stream)

@@ -161,6 +161,19 @@ def test_an_incomplete_checkpoint_is_refused(running, server, fresh_b, tmp_path)
     assert ask(server) == fresh_b
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_reload_that_fails_leaves_where_weights_come_from(
+    running, server, fresh_b, tmp_path, is_there
+):
+    call(server, "reload_weights", weights_path=str(running.folders[B]))
+    path = tmp_path / "bad"
+    if is_there:
+        without_scale(path, running.folders[A])
+    assert not rpc(server, "reload_weights", weights_path=str(path)).ok
+    call(server, "reload_weights")
+    assert ask(server) == fresh_b
+
+
 def test_chunks_come_through_the_bucket_of_an_extension(server, bucket, fresh_b):
     assert bucket.sync(CASE.tensors(A)).status_code == 200
     assert ask(server) != fresh_b

@@ -42,6 +42,10 @@ REQUEST = {
     "return_token_ids": True,
 }
 LONG_REQUEST = {**REQUEST, "max_tokens": 200}
+CHAT = {
+    "messages": [{"role": "user", "content": "1 2 3"}],
+    "chat_template": "{{ messages[0].content }}",
+}
 # Statistics follow an answer, on another way.
 PATIENCE_SECONDS = 10
 
@@ -229,14 +233,51 @@ def test_weights_have_the_name_that_the_trainer_gives(server, trainer):
     trainer.sync(CASE.tensors(B), "step-7")
     ((name, tokens),) = spans_of(ask(server))
     assert (name, len(tokens)) == ("step-7", REQUEST["max_tokens"])
-    chat = {
-        "messages": [{"role": "user", "content": "1 2 3"}],
-        "chat_template": "{{ messages[0].content }}",
-    }
-    response = server.post("v1/chat/completions", {**REQUEST, **chat})
+    response = server.post("v1/chat/completions", {**REQUEST, **CHAT})
     assert response.status_code == 200, response.text
     (choice,) = response.json()["choices"]
     assert [name for name, _ in spans_of(choice)] == ["step-7"]
+
+
+def streamed(server: Server, route: str, body: dict) -> dict[int, dict]:
+    """Return the choices of a stream, by index; only their ends may name weights."""
+    choices: dict[int, dict] = {}
+    with server.stream(route, body) as chunks:
+        for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+            whole = choices.setdefault(choice["index"], {"token_ids": []})
+            assert "weight_versions" not in whole
+            whole["token_ids"] += choice.get("token_ids") or []
+            ends = choice["finish_reason"] is not None
+            assert ends == ("weight_versions" in choice)
+            if ends:
+                whole["weight_versions"] = choice["weight_versions"]
+    return choices
+
+
+def test_a_stream_names_weights_where_a_choice_ends(server, trainer):
+    trainer.sync(CASE.tensors(B), "step-9")
+    several = {"n": 2, "temperature": 1, "stream_options": {"include_usage": True}}
+    prompts = {"prompt": [REQUEST["prompt"], [2, 7, 1]]}
+    for route, body, count in (
+        ("v1/completions", REQUEST, 1),
+        ("v1/completions", {**REQUEST, **several, **prompts}, 4),
+        ("v1/chat/completions", {**REQUEST, **CHAT}, 1),
+        ("v1/chat/completions", {**REQUEST, **CHAT, **several}, 2),
+    ):
+        choices = streamed(server, route, body)
+        assert choices.keys() == set(range(count))
+        for choice in choices.values():
+            ((name, tokens),) = spans_of(choice)
+            assert (name, len(tokens)) == ("step-9", REQUEST["max_tokens"])
+
+
+def test_a_stream_without_token_ids_names_nothing(server):
+    for route, body in (("v1/completions", {}), ("v1/chat/completions", CHAT)):
+        asked = {**REQUEST, **body, "return_token_ids": False}
+        with server.stream(route, asked) as chunks:
+            choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        assert choices
+        assert not any("weight_versions" in choice for choice in choices)
 
 
 def test_a_sync_that_fails_names_nothing(server, trainer):
@@ -322,6 +363,21 @@ def test_a_paused_request_names_both(server, trainer):
     assert (a, b) == ("a", "b")
     assert first == old[: len(first)]
     assert len(first) + len(rest) == LONG_REQUEST["max_tokens"]
+
+
+def test_a_paused_stream_names_both(server, trainer):
+    trainer.sync(CASE.tensors(A), "a")
+    with server.stream("v1/completions", LONG_REQUEST) as chunks:
+        first = next(chunks)["choices"][0]["token_ids"]
+        assert server.post("pause?mode=keep", {}).status_code == 200
+        trainer.sync(CASE.tensors(B), "b")
+        assert server.post("resume", {}).status_code == 200
+        rest = [chunk["choices"][0] for chunk in chunks]
+    tokens = [*first, *(token for choice in rest for token in choice["token_ids"])]
+    versions = rest[-1]["weight_versions"]
+    spans = spans_of({"token_ids": tokens, "weight_versions": versions})
+    assert [name for name, _ in spans] == ["a", "b"]
+    assert len(tokens) == LONG_REQUEST["max_tokens"]
 
 
 def test_a_trainer_compares_what_serves_with_what_it_has(server, trainer):

@@ -22,6 +22,9 @@ from vllm.model_executor.model_loader.reload.errors import SyncConflictError
 from vllm.v1.worker import weight_update_session
 from vllm.v1.worker.gpu_worker import Worker
 
+SOURCE = {"model": "old", "model_weights": "s3://old", "revision": "main"}
+NEW_SOURCE = {"model": "new", "model_weights": "", "revision": None}
+
 
 class Model(nn.Linear):
     """A model that a sync can be opened for."""
@@ -99,6 +102,7 @@ def worker() -> Worker:
     record_metadata_for_reloading(model)
     worker = object.__new__(Worker)
     worker.vllm_config = VllmConfig()
+    worker.vllm_config.model_config = SimpleNamespace(**SOURCE)
     worker.rank = 0
     worker.weight_transfer_engine = Engine(model)
     worker._weight_update_active = False
@@ -275,6 +279,29 @@ def test_a_reload_that_fails_elsewhere_is_dropped(worker, others):
     with pytest.raises(RankFailedError, match="rank 1"):
         worker.reload_weights()
     assert state(worker) == "serving"
+
+
+@pytest.fixture
+def reader(worker, monkeypatch) -> Worker:
+    """A worker that notes where new weights are, and reads none."""
+    config = worker.vllm_config.model_config
+    note = lambda: vars(config).update(NEW_SOURCE)  # noqa: E731
+    monkeypatch.setattr(worker.model_runner, "reload_weights", note)
+    return worker
+
+
+def test_a_reload_notes_where_the_weights_are(reader):
+    reader.reload_weights()
+    assert vars(reader.vllm_config.model_config) == NEW_SOURCE
+
+
+def test_a_reload_that_fails_elsewhere_leaves_the_weights_where_they_were(
+    reader, others
+):
+    others.fail = True
+    with pytest.raises(RankFailedError, match="rank 1"):
+        reader.reload_weights()
+    assert vars(reader.vllm_config.model_config) == SOURCE
 
 
 class Sleeper:

@@ -11,15 +11,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+
+from vllm.distributed.weight_transfer.update_entry import (
+    Entry,
+    check_lists,
+    is_size,
+    short,
+)
 
 __all__ = ["MAX_TENSORS", "Placement", "placements"]
 
 MAX_TENSORS = 1 << 16
-MAX_DIMENSIONS = 8
-MAX_NAME = 1024
 
 # No bool: a byte that is neither 0 nor 1 would be undefined behaviour.
 _FLOATS = "float64 float32 float16 bfloat16"
@@ -82,9 +87,9 @@ def placements(
         "shapes": shapes,
         "offsets": offsets,
     }
-    _check_counts(lists)
+    check_lists(lists, MAX_TENSORS)
     placed = [
-        Entry(index, *values).placed(bucket_bytes)
+        BucketEntry(index, *values).placed(bucket_bytes)
         for index, values in enumerate(zip(*lists.values()))
     ]
     _check_apart(placed)
@@ -92,13 +97,9 @@ def placements(
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a trainer says of one tensor; of any type."""
+class BucketEntry(Entry):
+    """What a trainer says of one tensor in its bucket; of any type."""
 
-    index: int
-    name: Any
-    dtype_name: Any
-    shape: Any
     offset: Any
 
     def placed(self, bucket_bytes: int) -> Placement:
@@ -108,14 +109,12 @@ class Entry:
             ValueError: something is wrong.
 
         """
-        if not isinstance(self.name, str) or not 0 < len(self.name) <= MAX_NAME:
-            self._refuse("name", f"1 to {MAX_NAME} characters", self.name)
+        self.check_name()
         if not isinstance(self.dtype_name, str) or self.dtype_name not in DTYPES:
             self._refuse("dtype", f"one of {', '.join(DTYPES)}", self.dtype_name)
-        if not _is_shape(self.shape):
-            self._refuse("shape", f"a list of up to {MAX_DIMENSIONS} sizes", self.shape)
+        self.check_shape()
         dtype = DTYPES[self.dtype_name]
-        if not _is_size(self.offset) or self.offset % dtype.itemsize:
+        if not is_size(self.offset) or self.offset % dtype.itemsize:
             self._refuse("offset", f"a multiple of {dtype.itemsize}", self.offset)
         placement = Placement(self.name, dtype, tuple(self.shape), self.offset)
         if placement.stop > bucket_bytes:
@@ -123,50 +122,13 @@ class Entry:
             self._refuse("place", f"in a bucket of {bucket_bytes} bytes", place)
         return placement
 
-    def _refuse(self, what: str, expected: str, got: Any) -> NoReturn:
-        raise ValueError(
-            f"update_info: tensor {self.index}, {_short(self.name)}: "
-            f"expected {what}: {expected}, got {_short(got)}"
-        )
-
-
-def _check_counts(lists: dict[str, Any]) -> None:
-    for key, values in lists.items():
-        if not isinstance(values, list):
-            raise ValueError(
-                f"update_info: expected a list as {key!r}, got {values!r:.80}"
-            )
-    counts = {key: len(values) for key, values in lists.items()}
-    if len(set(counts.values())) > 1:
-        raise ValueError(
-            f"update_info: expected lists of the same length, got {counts}"
-        )
-    if counts["names"] > MAX_TENSORS:
-        raise ValueError(
-            f"update_info: expected up to {MAX_TENSORS} tensors, got "
-            f"{counts['names']}; send them in several chunks"
-        )
-
 
 def _check_apart(placed: Sequence[Placement]) -> None:
     filled = (each for each in placed if each.start < each.stop)
     for one, next_one in pairwise(sorted(filled, key=lambda each: each.start)):
         if next_one.start < one.stop:
             raise ValueError(
-                f"update_info: {_short(one.name)} (bytes {one.start} to {one.stop}) "
-                f"and {_short(next_one.name)} (bytes {next_one.start} to "
+                f"update_info: {short(one.name)} (bytes {one.start} to {one.stop}) "
+                f"and {short(next_one.name)} (bytes {next_one.start} to "
                 f"{next_one.stop}) overlap"
             )
-
-
-def _is_shape(value: Any) -> bool:
-    is_list = isinstance(value, list) and len(value) <= MAX_DIMENSIONS
-    return is_list and all(_is_size(size) for size in value)
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _short(value: Any) -> str:
-    return f"{value!r:.80}"

@@ -43,6 +43,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 WorkerRpc = Callable[Concatenate[Any, P], R]
 
+# What a model's configuration says of where its weights are.
+SOURCE = ("model", "model_weights", "revision")
+
 
 def opens_session(start: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
     """Wrap the RPC that starts a session.
@@ -170,13 +173,15 @@ def outside_sessions(rpc: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
 def reloads_at_once(reload: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
     """Wrap an RPC that is a whole weight sync by itself.
 
-    While a session is open it fails, and that one stays open.
+    While a session is open it fails, and that one stays open. When it fails on any
+    rank, the next one that names no checkpoint reads the one that it would have read
+    before.
     """
 
     @wraps(reload)
     def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
         _check_none_open(worker)
-        with _on_all_ranks(worker, closes=True):
+        with _source_kept(worker), _on_all_ranks(worker, closes=True):
             return reload(worker, *args, **kwargs)
 
     return agreed
@@ -205,6 +210,22 @@ def _on_all_ranks(worker: Any, closes: bool) -> Iterator[None]:
     except BaseException as error:
         if closes:
             _close(worker, f"{type(error).__name__}: {error}", error)
+        raise
+
+
+@contextmanager
+def _source_kept(worker: Any) -> Iterator[None]:
+    """If a block fails, let the model come from where it came before.
+
+    A reload notes where the new weights are before it reads them.
+    """
+    config = worker.vllm_config.model_config
+    before = {name: getattr(config, name) for name in SOURCE}
+    try:
+        yield
+    except BaseException:
+        for name, value in before.items():
+            setattr(config, name, value)
         raise
 
 
