@@ -24,7 +24,7 @@ def peeking_loader(param, weight, shard, scale=None):
 def first_load(loader, *arguments) -> FirstLoad:
     first = FirstLoad()
     param = torch.zeros(6, 3)
-    recording = RecordingLoader(loader, first, param._version)
+    recording = RecordingLoader(loader, first, param._version).loader()
     for weight, shard in arguments:
         recording(param, weight, shard)
     return first
@@ -54,7 +54,7 @@ def test_same_call_with_two_shapes_is_ambiguous():
 
 def test_unhashable_arguments_are_ambiguous():
     first = FirstLoad()
-    recording = RecordingLoader(shard_loader, first, 0)
+    recording = RecordingLoader(shard_loader, first, 0).loader()
     recording(torch.zeros(6, 3), torch.ones(2, 3), 0, scale=[1])
     assert first.ambiguous and first.seen
 
