@@ -182,7 +182,7 @@ class CallNotes:
 
         """
         values = [*args, *kwargs.values()]
-        form = [*map(type, values), *kwargs]
+        form: list[type | str] = [*map(type, values), *kwargs]
         if form != self._form:
             self._form, self._tensors = form, _tensors(values)
         weight = _without_tensors(values, self._tensors)
