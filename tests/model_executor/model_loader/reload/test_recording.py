@@ -7,7 +7,12 @@ from collections.abc import Generator
 
 import torch
 
-from vllm.model_executor.model_loader.reload.calls import CallNotes, WatchedWeights
+from vllm.model_executor.model_loader.reload.calls import (
+    CallNotes,
+    LoaderCall,
+    TensorSpec,
+    WatchedWeights,
+)
 from vllm.model_executor.model_loader.reload.ledger import Box
 from vllm.model_executor.model_loader.reload.recording import FirstLoad, RecordingLoader
 
@@ -24,7 +29,7 @@ def peeking_loader(param, weight, shard, scale=None):
 def first_load(loader, *arguments) -> FirstLoad:
     first = FirstLoad()
     param = torch.zeros(6, 3)
-    recording = RecordingLoader(loader, first, param._version)
+    recording = RecordingLoader(loader, first, param._version).loader()
     for weight, shard in arguments:
         recording(param, weight, shard)
     return first
@@ -54,9 +59,41 @@ def test_same_call_with_two_shapes_is_ambiguous():
 
 def test_unhashable_arguments_are_ambiguous():
     first = FirstLoad()
-    recording = RecordingLoader(shard_loader, first, 0)
+    recording = RecordingLoader(shard_loader, first, 0).loader()
     recording(torch.zeros(6, 3), torch.ones(2, 3), 0, scale=[1])
     assert first.ambiguous and first.seen
+
+
+def test_calls_of_one_loader_may_differ_in_all_but_the_weight():
+    notes, weights = CallNotes(), WatchedWeights()
+    param, weight, scale = torch.zeros(6, 3), torch.ones(2, 3), torch.ones(1)
+    calls = [
+        ((param, weight, 0), {}),
+        ((param, weight, scale), {}),  # a tensor where there was none
+        ((param, weight), dict(shard=0)),
+        ((param, weight), dict(other=0)),
+        ((), dict(loaded_weight=weight, param=param)),
+        ((param, param), {}),  # nothing to load
+        ((param, weight.t(), 0), {}),
+    ]
+    for args, kwargs in calls:
+        notes.add(args, kwargs, weights)
+    del calls[5]
+    noted = [(call, spec) for call, spec, _, _ in notes]
+    expected = [LoaderCall.split(args, kwargs) for args, kwargs in calls]
+    assert noted == [(call, TensorSpec.of(weight)) for call, weight in expected]
+
+
+def test_a_recorded_loader_looks_like_the_original():
+    def loader(param, weight):
+        """Load."""
+
+    loader.supports_moe_loading = True
+    recording = RecordingLoader(loader, FirstLoad(), 0)
+    recorded = recording.loader()
+    assert recorded.supports_moe_loading and recorded.__doc__ == "Load."
+    assert RecordingLoader.of(recorded) is recording
+    assert RecordingLoader.of(loader) is None
 
 
 def test_the_garbage_collector_does_not_see_single_calls():

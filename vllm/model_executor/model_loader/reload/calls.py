@@ -15,8 +15,6 @@ from .view import View
 __all__ = ["CallNotes", "LoaderCall", "Sent", "TensorSpec", "WatchedWeights"]
 
 _PARAM, _WEIGHT = "<param>", "<weight>"
-# No tensors for sure: to ask for a tensor takes longer.
-_PLAIN = frozenset({bool, int, str})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,8 @@ class LoaderCall:
         cls, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple["LoaderCall", torch.Tensor | None]:
         """The call without its tensors, and the weight that it was to load."""
-        values, weight = _without_tensors(args, kwargs)
+        values = [*args, *kwargs.values()]
+        weight = _without_tensors(values, _tensors(values))
         return cls(tuple(values), tuple(kwargs)), weight
 
     @property
@@ -81,23 +80,21 @@ def _arguments(
     return values[:count], dict(zip(names, values[count:]))
 
 
-def _without_tensors(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Any], torch.Tensor | None]:
-    """All arguments of a loader, and the weight that it was to load.
+def _tensors(values: Sequence[Any]) -> list[int]:
+    """Places of the tensors among arguments."""
+    return [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
 
-    This is run for each tensor of a cold load, and so has no helpers.
-    """
-    values = [*args, *kwargs.values()]
+
+def _without_tensors(values: list[Any], tensors: list[int]) -> torch.Tensor | None:
+    """Take the tensors out of a loader's arguments; return the weight to be loaded."""
     param = weight = None
-    for i, value in enumerate(values):
-        if type(value) in _PLAIN or not isinstance(value, torch.Tensor):
-            continue
+    for i in tensors:
+        value = values[i]
         if param is None or value is param:
             param, values[i] = value, _PARAM
         else:
             weight, values[i] = value if weight is None else weight, _WEIGHT
-    return values, weight
+    return weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +113,11 @@ class Sent:
     number: int
 
 
-# What many calls have in common: how many arguments they have and the names of those
-# that have one; shape, stride and type of the weight; and, if it is known what that is
-# a view of, at which byte, of which shape and type, and whether it is contiguous.
+# What many calls have in common: types of all arguments and names of those that have
+# one; shape, stride and type of the weight; and, if it is known what that is a view of,
+# at which byte, of which shape and type, and whether it is contiguous.
 _Kind = tuple[
-    int,
-    tuple[str, ...],
+    list[type | str],
     tuple[tuple[int, ...], tuple[int, ...], torch.dtype],
     tuple[int, tuple[int, ...], torch.dtype, bool] | None,
 ]
@@ -136,14 +132,12 @@ class WatchedWeights:
     Attributes:
         current: name and tensor; None between two of them.
         number: how many came until now.
-        kinds: the kinds of calls that loaders noted meanwhile.
 
     """
 
     def __init__(self) -> None:
         self.current: tuple[str, torch.Tensor] | None = None
         self.number = 0
-        self.kinds: dict[_Kind, _Kind] = {}
 
     def watch(
         self, weights: Iterable[tuple[str, torch.Tensor]]
@@ -162,11 +156,16 @@ class CallNotes:
     """Calls of one loader, noted as quickly as can be and looked at later.
 
     A cold load makes tens of thousands of them. Each is noted as plain values in one
-    list: an object would be visited by the garbage collector, again and again.
+    list: an object would be visited by the garbage collector, again and again. What a
+    call has in common with the one before is kept once, and to ask of each argument
+    whether it is a tensor takes longer than to see that the types are the same.
     """
 
     def __init__(self) -> None:
         self._noted: list[Any] = []
+        self._kind: _Kind | None = None
+        self._form: list[type | str] = []
+        self._tensors: list[int] = []
 
     def __bool__(self) -> bool:
         return bool(self._noted)
@@ -182,7 +181,11 @@ class CallNotes:
             weights: tell what the weight is a view of.
 
         """
-        values, weight = _without_tensors(args, kwargs)
+        values = [*args, *kwargs.values()]
+        form: list[type | str] = [*map(type, values), *kwargs]
+        if form != self._form:
+            self._form, self._tensors = form, _tensors(values)
+        weight = _without_tensors(values, self._tensors)
         if weight is None:
             return
         name, sent = None, None
@@ -190,10 +193,11 @@ class CallNotes:
             name, tensor = weights.current
             begin = weight.data_ptr() - tensor.data_ptr()
             sent = begin, tensor.shape, tensor.dtype, tensor.is_contiguous()
-        given = weight.shape, weight.stride(), weight.dtype
-        kind: _Kind = (len(values), tuple(kwargs), given, sent)
-        kind = weights.kinds.setdefault(kind, kind)
-        self._noted += kind, name, weights.number, *values
+        kind = self._form, (weight.shape, weight.stride(), weight.dtype), sent
+        if kind != self._kind:
+            self._kind = kind
+        self._noted.extend((self._kind, name, weights.number))
+        self._noted.extend(values)
 
     def __iter__(
         self,
@@ -201,8 +205,9 @@ class CallNotes:
         """Each call, what it was given, and which view of what that was."""
         noted = iter(self._noted)
         owners: dict[TensorSpec, TensorSpec] = {}
-        for count, names, (shape, stride, dtype), sent in noted:
-            name, number, *values = islice(noted, 2 + count)
+        for form, (shape, stride, dtype), sent in noted:
+            names = tuple(name for name in form if isinstance(name, str))
+            name, number, *values = islice(noted, 2 + len(form) - len(names))
             call = LoaderCall(tuple(values), names)
             spec = TensorSpec(tuple(shape), dtype)
             if sent is None:

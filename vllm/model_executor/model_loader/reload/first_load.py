@@ -43,9 +43,11 @@ _NOTHING_OWED = Ledger([])
 def original_loader(tensor: torch.Tensor) -> Callable:
     """The weight loader of a tensor without what this package wraps around it."""
     loader = getattr(tensor, "weight_loader", default_weight_loader)
-    while isinstance(loader, RecordingLoader | StagedLoader):
-        loader = loader.original
-    return loader
+    while True:
+        wrapper = RecordingLoader.of(loader) or loader
+        if not isinstance(wrapper, RecordingLoader | StagedLoader):
+            return loader
+        loader = wrapper.original
 
 
 def set_loader(tensor: Any, loader: Callable) -> None:
@@ -153,10 +155,11 @@ def _record(
     if loader is default_weight_loader:
         # It fills the parameter, if it comes: of a small one the value will tell.
         first_load.bypassed = name not in created
-    elif isinstance(loader, RecordingLoader):
-        loader.weights = weights
+    elif (recording := RecordingLoader.of(loader)) is not None:
+        recording.weights = weights
     else:
-        set_loader(param, RecordingLoader(loader, first_load, param._version, weights))
+        recording = RecordingLoader(loader, first_load, param._version, weights)
+        set_loader(param, recording.loader())
 
 
 def finish_recording(model: torch.nn.Module) -> bool:
@@ -175,10 +178,10 @@ def finish_recording(model: torch.nn.Module) -> bool:
         info.recording = False
         for name, tensor in get_layer_tensors(layer).items():
             first_load = info.first_load.get(name, FirstLoad())
-            loader = getattr(tensor, "weight_loader", None)
-            if isinstance(loader, RecordingLoader):
-                loader.close(tensor._version)
-                set_loader(tensor, loader.original)
+            recording = RecordingLoader.of(getattr(tensor, "weight_loader", None))
+            if recording is not None:
+                recording.close(tensor._version)
+                set_loader(tensor, recording.original)
             elif not first_load.seen and name in info.created:
                 first_load.bypassed = not _same(tensor, info.created[name])
             loaded |= first_load.called

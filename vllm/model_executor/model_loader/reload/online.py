@@ -90,9 +90,9 @@ class OnlineLoad:
         staged.memory = None if tensor.is_meta else tensor
         self._tensors[name] = staged
         loader = StagedLoader(original_loader(tensor), staged, self._run)
-        outer = getattr(tensor, "weight_loader", None)
-        if isinstance(outer, RecordingLoader):
-            outer.original = loader
+        recording = RecordingLoader.of(getattr(tensor, "weight_loader", None))
+        if recording is not None:
+            recording.original = loader
         else:
             set_loader(tensor, loader)
 
@@ -126,13 +126,15 @@ class OnlineLoad:
 
 def _below_recording(tensor: torch.Tensor) -> Callable | None:
     loader = getattr(tensor, "weight_loader", None)
-    return loader.original if isinstance(loader, RecordingLoader) else loader
+    recording = RecordingLoader.of(loader)
+    return loader if recording is None else recording.original
 
 
 def _restore_loader(tensor: torch.Tensor) -> None:
     """Take the watching loader out, but leave one that records a first load."""
     loader = getattr(tensor, "weight_loader", None)
-    if isinstance(loader, RecordingLoader):
-        loader.original = original_loader(tensor)
+    recording = RecordingLoader.of(loader)
+    if recording is not None:
+        recording.original = original_loader(tensor)
     elif isinstance(loader, StagedLoader):
         set_loader(tensor, loader.original)

@@ -11,7 +11,7 @@ on the meta device.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -154,7 +154,15 @@ class FirstLoad:
 
 
 class RecordingLoader:
-    """A weight loader that notes its calls on the way to the original."""
+    """Notes the calls of a weight loader on the way to it.
+
+        param.weight_loader = RecordingLoader(...).loader()
+
+    Attributes:
+        original: the loader that is called.
+        weights: tell what is being loaded.
+
+    """
 
     def __init__(
         self,
@@ -163,13 +171,26 @@ class RecordingLoader:
         version: int,
         weights: WatchedWeights | None = None,
     ):
-        update_wrapper(self, original)
         self.original = original
         self.weights = weights or WatchedWeights()
         self._first_load = first_load
         self._version = version
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    @staticmethod
+    def of(loader: Any) -> "RecordingLoader | None":
+        """What notes the calls of this loader, if anything does."""
+        if isinstance(loader, partial) and loader.func is RecordingLoader._load:
+            return loader.args[0]
+        return None
+
+    def loader(self) -> Callable:
+        """A loader that looks like the original.
+
+        An object with a `__call__` would do, but takes twice as long to be called.
+        """
+        return update_wrapper(partial(RecordingLoader._load, self), self.original)
+
+    def _load(self, /, *args: Any, **kwargs: Any) -> Any:
         self._first_load.notes.add(args, kwargs, self.weights)
         return self.original(*args, **kwargs)
 
