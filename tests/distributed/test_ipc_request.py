@@ -6,10 +6,10 @@ Host memory stands in for a GPU's. What a server answers is in
 `tests/entrypoints/rl/test_ipc_refusal.py`.
 """
 
-import pickle
 from collections.abc import Iterator
 from http import HTTPStatus
 from inspect import signature
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pybase64 as base64
@@ -112,7 +112,7 @@ def trainer(monkeypatch) -> Iterator[Trainer]:
 
 
 def in_base64(handles: Any) -> str:
-    return base64.b64encode(pickle.dumps(handles)).decode()
+    return base64.b64encode(ForkingPickler.dumps(handles)).decode()
 
 
 def changed(handle: Handle, **fields: Any) -> Handle:
@@ -158,7 +158,7 @@ def test_lists_may_be_tuples_in_the_process_of_the_engine(trainer):
 
 
 def test_nothing_is_a_chunk_too(trainer):
-    empty = {key: [] for key in (*trainer.lists, "ipc_handles")}
+    empty: dict[str, list] = {key: [] for key in (*trainer.lists, "ipc_handles")}
     assert trainer.send_as(empty) == {}
 
 

@@ -2,14 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Bodies that are no object, to routes that update weights; the router is vLLM's."""
 
+from importlib import import_module
+
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 try:
-    from vllm.entrypoints.rl.online.api_router import router
+    api_router = import_module("vllm.entrypoints.rl.online.api_router")
 except ImportError:  # before 0.32
-    from vllm.entrypoints.serve.rlhf.api_router import router
+    api_router = import_module("vllm.entrypoints.serve.rlhf.api_router")
 
 
 class Engine:
@@ -28,7 +30,7 @@ class Engine:
 @pytest.fixture
 def client() -> TestClient:
     app = FastAPI()
-    app.include_router(router)
+    app.include_router(api_router.router)
     app.state.engine_client = Engine()
     return TestClient(app, raise_server_exceptions=False)
 

@@ -88,10 +88,10 @@ def test_a_recorded_loader_looks_like_the_original():
     def loader(param, weight):
         """Load."""
 
-    loader.supports_moe_loading = True
+    vars(loader)["supports_moe_loading"] = True
     recording = RecordingLoader(loader, FirstLoad(), 0)
     recorded = recording.loader()
-    assert recorded.supports_moe_loading and recorded.__doc__ == "Load."
+    assert vars(recorded)["supports_moe_loading"] and recorded.__doc__ == "Load."
     assert RecordingLoader.of(recorded) is recording
     assert RecordingLoader.of(loader) is None
 
