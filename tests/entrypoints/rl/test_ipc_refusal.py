@@ -47,6 +47,7 @@ def in_base64(pickled: bytes | memoryview) -> str:
     return base64.b64encode(pickled).decode()
 
 
+NUMBER = in_base64(ForkingPickler.dumps(5))
 MALFORMED = {
     "another type": {**LISTS, "names": 5, "ipc_handles": [{}]},
     "other lengths": {**LISTS, "shapes": [], "ipc_handles": [{}]},
@@ -56,7 +57,7 @@ MALFORMED = {
     "no base64": {**LISTS, "ipc_handles_pickled": "!"},
     "no pickle": {**LISTS, "ipc_handles_pickled": in_base64(b"garbage")},
     "no class": {**LISTS, "ipc_handles_pickled": in_base64(b"cnowhere\nnone\n.")},
-    "a pickled number": {**LISTS, "ipc_handles_pickled": in_base64(ForkingPickler.dumps(5))},
+    "a pickled number": {**LISTS, "ipc_handles_pickled": NUMBER},
 }
 
 
