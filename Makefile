@@ -19,7 +19,8 @@ GPU_TESTS := $(addprefix tests/kernels/, test_strided_copy.py test_group_sums.py
 	moe/test_scale_scan.py moe/test_fp8_grouped_gemm.py moe/test_fp8_experts.py \
 	moe/test_against_base.py) \
 	tests/v1/engine/test_bad_scale_engine.py \
-	$(addprefix tests/entrypoints/rl/, test_trainer_process.py test_ipc_server.py)
+	$(addprefix tests/entrypoints/rl/test_, trainer_process.py ipc_server.py \
+	ranks.py replicas.py)
 
 export HF_HUB_OFFLINE := 1
 export VLLM_CPU_KVCACHE_SPACE := 1

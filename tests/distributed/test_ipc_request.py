@@ -15,7 +15,7 @@ from typing import Any
 import pybase64 as base64
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.harness.cuda_stand_in import GPU, SharedMemoryOfGpu, shared_memory_of_a_gpu
@@ -418,6 +418,8 @@ OF_EACH = st.lists(ANYTHING, min_size=2, max_size=2)
 SAID = ("names", "dtype_names", "shapes", "tensor_sizes", "ipc_handles")
 
 
+# The first text of a process waits for a table of all characters.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.booleans(),
     st.dictionaries(st.sampled_from(SAID), OF_EACH | ANYTHING, max_size=2),

@@ -21,6 +21,11 @@ import requests
 KEY = "the key of this test"
 START_SECONDS = 300
 STOP_SECONDS = 30
+# For tiny models on a GPU, where servers start beside each other.
+GPU_OPTIONS = [
+    *("--attention-backend", "TRITON_ATTN", "--gpu-memory-utilization", "0.1"),
+    *("--kv-cache-memory-bytes", str(1 << 28)),
+]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from tests.checkpoints import CASES, write_checkpoint
 from tests.harness.ipc_sender import json_of
-from tests.harness.server import Server, starting
+from tests.harness.server import GPU_OPTIONS, Server, starting
 from tests.harness.synced_engine import PROMPTS
 from tests.harness.trainer_process import (
     Post,
@@ -37,8 +37,7 @@ OPTIONS = [
     *("--max-model-len", "256", "--max-num-seqs", "4"),
     *("--weight-transfer-config", '{"backend": "ipc"}'),
     *("--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL"}'),
-    *("--attention-backend", "TRITON_ATTN", "--enable-sleep-mode"),
-    *("--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(1 << 28)),
+    *(*GPU_OPTIONS, "--enable-sleep-mode"),
 ]
 ENVIRONMENT = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
