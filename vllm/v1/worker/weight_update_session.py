@@ -220,7 +220,8 @@ def _source_kept(worker: Any) -> Iterator[None]:
     A reload notes where the new weights are before it reads them.
     """
     config = worker.vllm_config.model_config
-    before = {name: getattr(config, name) for name in SOURCE}
+    # A configuration of a worker may be without one of a model.
+    before = {name: getattr(config, name) for name in SOURCE if config is not None}
     try:
         yield
     except BaseException:
