@@ -25,7 +25,7 @@ from tests.harness.server import GPU_OPTIONS, KEY, Server, refused, starting
 from tests.harness.threads import one_thread
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.device_count() == 1, reason="two replicas need two GPUs"
+    torch.accelerator.device_count() == 1, reason="two replicas need two GPUs"
 )
 
 ON_GPU = torch.cuda.is_available()
