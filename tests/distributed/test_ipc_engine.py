@@ -23,8 +23,8 @@ from tests.harness.cuda_stand_in import shared_memory_of_a_gpu
 from tests.harness.ipc_sender import json_of, send_by_ipc
 from tests.harness.models import Built, build, single_rank
 from tests.harness.snapshot import assert_same, snapshot
-from vllm.config import VllmConfig, WeightTransferConfig
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from tests.harness.transfer_engine import make_transfer_engine
+from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.reload import (
     WeightSyncError,
     abort_layerwise_reload,
@@ -62,15 +62,8 @@ def make_model(rank, tmp_path, monkeypatch):
 
 
 def make_engine(model: torch.nn.Module, config: VllmConfig) -> Any:
-    create = WeightTransferEngineFactory.create_engine
-    known = {
-        "config": WeightTransferConfig(backend="ipc"),
-        "vllm_config": config,
-        "parallel_config": config.parallel_config,  # before 0.32
-        "device": torch.device("cuda", 0),
-        "model": model,
-    }
-    return create(**{name: known[name] for name in signature(create).parameters})
+    device = torch.device("cuda", 0)
+    return make_transfer_engine("ipc", device, model, config)
 
 
 class Worker:

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.harness.cuda_stand_in import GPU, SharedMemoryOfGpu, shared_memory_of_a_gpu
-from vllm.config import VllmConfig, WeightTransferConfig
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from tests.harness.transfer_engine import make_transfer_engine
+from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.ipc_handle import FIELDS
 from vllm.distributed.weight_transfer.ipc_request import MAX_TENSORS
@@ -47,16 +47,8 @@ class Model(torch.nn.Module):
 
 
 def make_engine(model: Model, is_packed: bool) -> Any:
-    create = WeightTransferEngineFactory.create_engine
-    config = VllmConfig()
-    known = {
-        "config": WeightTransferConfig(backend="ipc"),
-        "vllm_config": config,
-        "parallel_config": config.parallel_config,  # before 0.32
-        "device": torch.device("cuda", 0),
-        "model": model,
-    }
-    engine = create(**{name: known[name] for name in signature(create).parameters})
+    device = torch.device("cuda", 0)
+    engine = make_transfer_engine("ipc", device, model, VllmConfig())
     if hasattr(engine, "packed"):
         engine.init_transfer_engine(engine.parse_init_info({"packed": is_packed}))
     return engine

@@ -3,7 +3,6 @@
 """The backend for shared memory, made as a worker makes it, with a stand-in model."""
 
 from collections.abc import Iterator
-from inspect import signature
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from torch import nn
 
 from tests.harness.packed import bucket_of_a_trainer
-from vllm.config import VllmConfig, WeightTransferConfig
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from tests.harness.transfer_engine import make_transfer_engine
+from vllm.config import VllmConfig
 
 Named = list[tuple[str, torch.Tensor]]
 
@@ -42,16 +41,8 @@ def model() -> Model:
 
 @pytest.fixture
 def engine(model):
-    create = WeightTransferEngineFactory.create_engine
-    config = VllmConfig()
-    known = {
-        "config": WeightTransferConfig(backend="shm"),
-        "vllm_config": config,
-        "parallel_config": config.parallel_config,  # before 0.32
-        "device": torch.device("cpu"),
-        "model": model,
-    }
-    return create(**{name: known[name] for name in signature(create).parameters})
+    device = torch.device("cpu")
+    return make_transfer_engine("shm", device, model, VllmConfig())
 
 
 def chunk(bucket: SharedMemory, **changed: Any) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from tests.harness.counting_engine import CountingEngine
+
 # Each release has it in another place, but all of them here.
 from vllm.entrypoints.cli.serve import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -41,24 +43,11 @@ CHANGES_WEIGHTS = {
 OPEN = ["/health", "/metrics", "/ping", "/version"]
 
 
-class Engine:
-    """Counts how often a route asked for something."""
-
-    def __init__(self):
-        self.asked = 0
-
-    def __getattr__(self, name: str):
-        async def answer(*args, **kwargs):
-            self.asked += 1
-
-        return answer
-
-
 def app_of(monkeypatch, dev_mode: bool, *options: str) -> FastAPI:
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", str(int(dev_mode)))
     parser = make_arg_parser(FlexibleArgumentParser())
     app = build_app(parser.parse_args(["--api-key", "right", *options]), ("generate",))
-    app.state.engine_client = Engine()
+    app.state.engine_client = CountingEngine()
     app.state.server = SimpleNamespace(should_exit=False)
     return app
 
@@ -134,5 +123,5 @@ def test_without_a_key_nothing_is_guarded(monkeypatch):
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     parser = make_arg_parser(FlexibleArgumentParser())
     app = build_app(parser.parse_args([]), ("generate",))
-    app.state.engine_client = Engine()
+    app.state.engine_client = CountingEngine()
     assert TestClient(app).post("/resume").status_code == 200

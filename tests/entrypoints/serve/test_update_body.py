@@ -8,30 +8,19 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from tests.harness.counting_engine import CountingEngine
+
 try:
     api_router = import_module("vllm.entrypoints.rl.online.api_router")
 except ImportError:  # before 0.32
     api_router = import_module("vllm.entrypoints.serve.rlhf.api_router")
 
 
-class Engine:
-    """Counts how often a route asked for something."""
-
-    def __init__(self):
-        self.asked = 0
-
-    def __getattr__(self, name: str):
-        async def answer(*args, **kwargs):
-            self.asked += 1
-
-        return answer
-
-
 @pytest.fixture
 def client() -> TestClient:
     app = FastAPI()
     app.include_router(api_router.router)
-    app.state.engine_client = Engine()
+    app.state.engine_client = CountingEngine()
     return TestClient(app, raise_server_exceptions=False)
 
 
