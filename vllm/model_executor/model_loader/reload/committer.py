@@ -186,7 +186,8 @@ class Committer:
     def _prepare(self, layer: StagedLayer) -> Commit:
         with self._times.committing.on(layer):
             commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
-            self._check_shared(commit)
+            with torch._C.DisableTorchFunction():
+                self._check_shared(commit)
         return commit
 
     def _process(

@@ -98,9 +98,11 @@ class Copies:
         waiting, self._waiting = self._waiting, defaultdict(dict)
         # What came one by one may have come again, and the last counts.
         ones = {layout: [_addresses(pairs)] for layout, pairs in waiting.items()}
-        for batches in filter(None, (runs, ones)):
-            assert self._launch is not None
-            self._launch({k: np.concatenate(v, axis=1) for k, v in batches.items()})
+        # A default device, say, is a mode of its own, and costs more than a launch.
+        with torch._C.DisableTorchFunction():
+            for batches in filter(None, (runs, ones)):
+                assert self._launch is not None
+                self._launch({k: np.concatenate(v, axis=1) for k, v in batches.items()})
 
 
 def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
