@@ -18,6 +18,7 @@ SOURCES = (
     "model_executor/model_loader/loaded_scales.py",
     "model_executor/model_loader/reload/*.py",
     "v1/engine/weight_fence.py",
+    "v1/worker/reload_source.py",
     "v1/worker/weight_report.py",
     "v1/worker/weight_update_session.py",
 )

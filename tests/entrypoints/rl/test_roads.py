@@ -162,6 +162,19 @@ def test_an_incomplete_checkpoint_is_refused(running, server, fresh_b, tmp_path)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
+def test_a_place_without_weights_is_named(server, fresh_b, tmp_path, is_there):
+    path = tmp_path / "none"
+    if is_there:
+        path.mkdir()
+    answer = rpc(server, "reload_weights", weights_path=str(path))
+    assert answer.status_code == 400, answer.text
+    message = answer.json()["error"]["message"]
+    assert "weights_path: expected a folder" in message
+    assert "got 'none' in " in message
+    assert ask(server) == fresh_b
+
+
+@pytest.mark.parametrize("is_there", [True, False])
 def test_a_reload_that_fails_leaves_where_weights_come_from(
     running, server, fresh_b, tmp_path, is_there
 ):

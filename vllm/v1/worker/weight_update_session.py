@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.reload.errors import (
     TransferMissingError,
 )
 from vllm.model_executor.model_loader.reload.layerwise import take_reach, tensors_sent
+from vllm.v1.worker.reload_source import source_kept, source_named
 from vllm.v1.worker.weight_report import models_of
 
 __all__ = [
@@ -42,9 +43,6 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 WorkerRpc = Callable[Concatenate[Any, P], R]
-
-# What a model's configuration says of where its weights are.
-SOURCE = ("model", "model_weights", "revision")
 
 
 def opens_session(start: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
@@ -181,7 +179,11 @@ def reloads_at_once(reload: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
     @wraps(reload)
     def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
         _check_none_open(worker)
-        with _source_kept(worker), _on_all_ranks(worker, closes=True):
+        with (
+            source_kept(worker),
+            _on_all_ranks(worker, closes=True),
+            source_named(worker),
+        ):
             return reload(worker, *args, **kwargs)
 
     return agreed
@@ -210,23 +212,6 @@ def _on_all_ranks(worker: Any, closes: bool) -> Iterator[None]:
     except BaseException as error:
         if closes:
             _close(worker, f"{type(error).__name__}: {error}", error)
-        raise
-
-
-@contextmanager
-def _source_kept(worker: Any) -> Iterator[None]:
-    """If a block fails, let the model come from where it came before.
-
-    A reload notes where the new weights are before it reads them.
-    """
-    config = worker.vllm_config.model_config
-    # A configuration of a worker may be without one of a model.
-    before = {name: getattr(config, name) for name in SOURCE if config is not None}
-    try:
-        yield
-    except BaseException:
-        for name, value in before.items():
-            setattr(config, name, value)
         raise
 
 
