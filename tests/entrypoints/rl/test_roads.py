@@ -230,6 +230,15 @@ def test_kernel_format_that_breaks_off_is_fenced(running, server, fresh_b):
     assert ask(server) == fresh_b
 
 
+def test_weights_that_were_reset_are_not_served(running, server, fresh_b):
+    assert server.post("weight_checker", {"action": "reset"}).status_code == 200
+    answer = server.post("v1/completions", REQUEST)
+    assert answer.status_code == 503, answer.text
+    assert "reset the weights to zeros" in answer.json()["error"]["message"]
+    call(server, "reload_weights", weights_path=str(running.folders[B]))
+    assert ask(server) == fresh_b
+
+
 def test_a_patch_is_said_to_be_unchecked(running, server):
     call(server, "patch", NORM, "3", "7.5")
     assert status_of(server)["unchecked"] == "patches"

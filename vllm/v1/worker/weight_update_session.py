@@ -34,6 +34,7 @@ __all__ = [
     "continues_session",
     "drops_weights",
     "finishes_session",
+    "loses_weights",
     "opens_session",
     "outside_sessions",
     "reloads_at_once",
@@ -199,6 +200,22 @@ def drops_weights(sleep: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
         if level == 2:
             _mark_dropped(worker)
         return result
+
+    return marked
+
+
+def loses_weights(reset: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
+    """Wrap `reset_weights`, which fills the weights that serve with zeros.
+
+    While a session is open it fails: the session may have committed some of them.
+    """
+
+    @wraps(reset)
+    def marked(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        _check_none_open(worker)
+        model = worker.model_runner.get_model()
+        mark_inconsistent(model, "weight_checker has reset the weights to zeros")
+        return reset(worker, *args, **kwargs)
 
     return marked
 
