@@ -9,7 +9,9 @@ REPORTED_BASE := 0.22.1
 # What needs no engine, which that release cannot start with this torch.
 REPORTED_BASE_TESTS := tests/distributed tests/model_executor/model_loader/reload \
 	tests/entrypoints/serve tests/v1/metrics $(addprefix tests/v1/engine/test_, \
-	pending_calls.py rpc_refusal.py weight_health.py weight_sync_feed.py)
+	pending_calls.py replica_calls.py rpc_refusal.py weight_health.py \
+	weight_sync_feed.py) \
+	tests/v1/worker/test_reload_source.py
 # A first look: the docs, and the defects that the fork is about.
 QUICK_TESTS := tests/docs tests/model_executor/model_loader/reload/test_defects.py
 # How long `make soak` runs.

@@ -39,7 +39,12 @@ class Trainer:
         self._url, self._headers = url, {"Authorization": f"Bearer {api_key}"}
         self.segment = f"vllm-weights-{uuid4().hex}"
         self._bucket = SharedMemory(self.segment, create=True, size=bucket_bytes)
-        self.post("init_weight_transfer_engine", init_info={"segment": self.segment})
+        try:
+            info = {"segment": self.segment}
+            self.post("init_weight_transfer_engine", init_info=info)
+        except BaseException:
+            self.close()
+            raise
 
     def sync(self, tensors: Iterable[Named], version: str | None = None) -> Any:
         """Push a checkpoint; it serves when this returns.

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
+from examples.rl import shm_trainer
 from tests.harness.packed import bucket_of_a_trainer
 from vllm.distributed.weight_transfer.shm_bucket import PREFIX, Bucket
 
@@ -105,3 +107,17 @@ def test_a_segment_that_was_cut_down_is_not_read(segment):
     os.truncate(f"/dev/shm/{segment.name}", 1024)
     with pytest.raises(ValueError, match="had 4096 bytes .* has 1024 now"):
         bucket.memory()
+
+
+def test_a_trainer_that_is_refused_frees_its_bucket(monkeypatch):
+    name = uuid4()
+    monkeypatch.setattr(shm_trainer, "uuid4", lambda: name)
+    monkeypatch.setattr(shm_trainer.Trainer, "post", refuse)
+    with pytest.raises(PermissionError):
+        shm_trainer.Trainer("", bucket_bytes=4096)
+    assert not Path("/dev/shm", f"{PREFIX}{name.hex}").exists()
+
+
+def refuse(trainer: shm_trainer.Trainer, route: str, **body: Any) -> None:
+    assert Path("/dev/shm", trainer.segment).exists()
+    raise PermissionError

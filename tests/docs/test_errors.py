@@ -9,6 +9,7 @@ import pytest
 
 from overlay.base import ROOT
 from tests.docs.messages import messages
+from vllm.v1.engine.replica_calls import DIFFER
 from vllm.v1.engine.weight_fence import REFUSAL
 
 PAGE = ROOT / "docs" / "errors.md"
@@ -18,6 +19,7 @@ SOURCES = (
     "model_executor/model_loader/loaded_scales.py",
     "model_executor/model_loader/reload/*.py",
     "v1/engine/weight_fence.py",
+    "v1/worker/reload_source.py",
     "v1/worker/weight_report.py",
     "v1/worker/weight_update_session.py",
 )
@@ -42,9 +44,10 @@ def test_nothing_else_is_explained():
     assert not explained() - raised()
 
 
-def test_the_refusal_of_requests_is_quoted():
+@pytest.mark.parametrize("quoted", [REFUSAL.removesuffix(" Reason: {reason}"), DIFFER])
+def test_what_is_filled_in_elsewhere_is_quoted(quoted):
     text = " ".join(PAGE.read_text().split())
-    assert REFUSAL.removesuffix(" Reason: {reason}") in text
+    assert re.sub("{.*?}", "…", quoted) in text
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,13 @@ class FaultBench:
         body = {"method": method, "kwargs": kwargs}
         return self.server.post("collective_rpc", body)
 
+    def served_digests(self) -> dict[str, str]:
+        """Return the digests of the parameters that serve."""
+        answer = self.server.post("weight_checker", {"action": "checksum"})
+        assert answer.ok, answer.text
+        held = answer.json()["checksums"]
+        return {name.rpartition(":")[2]: digest for name, digest in held.items()}
+
 
 @contextmanager
 def starting_bench(folder: Path) -> Iterator[FaultBench]:

@@ -178,6 +178,7 @@ def test_a_replica_that_lacks_something_keeps_its_weights(running, server):
         error = refusal(trainer, model.case.tensors(A))
     (found,) = error["missing"]
     assert found["layer"].startswith(model.layer)
+    assert "Replicas [1] of 2 failed in finish_weight_update" in error["message"]
     first, second = answers(server)
     assert first != running.fresh_b
     # Replicas of a mixture ask each other's experts.

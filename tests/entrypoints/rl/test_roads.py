@@ -162,6 +162,19 @@ def test_an_incomplete_checkpoint_is_refused(running, server, fresh_b, tmp_path)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
+def test_a_place_without_weights_is_named(server, fresh_b, tmp_path, is_there):
+    path = tmp_path / "none"
+    if is_there:
+        path.mkdir()
+    answer = rpc(server, "reload_weights", weights_path=str(path))
+    assert answer.status_code == 400, answer.text
+    message = answer.json()["error"]["message"]
+    assert "weights_path: expected a folder" in message
+    assert "got 'none' in " in message
+    assert ask(server) == fresh_b
+
+
+@pytest.mark.parametrize("is_there", [True, False])
 def test_a_reload_that_fails_leaves_where_weights_come_from(
     running, server, fresh_b, tmp_path, is_there
 ):
@@ -213,6 +226,15 @@ def test_kernel_format_that_breaks_off_is_fenced(running, server, fresh_b):
     assert answer.status_code == 503
     assert "kernel format" in answer.json()["error"]["message"]
     assert requests.get(f"{server.url}/health", timeout=60).status_code == 503
+    call(server, "reload_weights", weights_path=str(running.folders[B]))
+    assert ask(server) == fresh_b
+
+
+def test_weights_that_were_reset_are_not_served(running, server, fresh_b):
+    assert server.post("weight_checker", {"action": "reset"}).status_code == 200
+    answer = server.post("v1/completions", REQUEST)
+    assert answer.status_code == 503, answer.text
+    assert "reset the weights to zeros" in answer.json()["error"]["message"]
     call(server, "reload_weights", weights_path=str(running.folders[B]))
     assert ask(server) == fresh_b
 

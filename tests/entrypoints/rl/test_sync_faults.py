@@ -8,8 +8,9 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from multiprocessing.shared_memory import SharedMemory
 
 import pytest
 import requests
@@ -19,13 +20,23 @@ from hypothesis.stateful import run_state_machine_as_test
 from examples.rl.shm_trainer import Trainer
 from tests.checkpoints import write_checkpoint
 from tests.harness.completion import Answer, answer_of
-from tests.harness.fault_bench import CASE, A, B, FaultBench, starting_bench
+from tests.harness.fault_bench import CASE, PIECES, A, B, FaultBench, starting_bench
 from tests.harness.fault_schedule import SHORT_REQUEST, FaultSchedule
-from tests.harness.packed import bucket_of_a_trainer, pack
+from tests.harness.lost_client import Leaves, lose, run_and_kill
+from tests.harness.packed import Damage, bucket_of_a_trainer, pack
 from tests.harness.server import KEY
 
 SCHEDULES = int(os.environ.get("SYNC_SCHEDULES", "500"))
 STEPS = 10
+ALL = range(PIECES)
+# How many chunks a trainer has sent when it is killed, and how far it is with the next.
+KILLS = {
+    "before the first chunk": (0, None),
+    "between chunks": (2, None),
+    "in a chunk, half sent": (2, Leaves.HALF_WAY),
+    "in a chunk, all sent": (2, Leaves.AT_ONCE),
+    "in a chunk, answer unread": (2, Leaves.UNREAD),
+}
 EXPERT = "model.layers.0.mlp.experts.99.down_proj.weight"
 
 
@@ -43,6 +54,32 @@ def trainer(bench) -> Iterator[Trainer]:
     with closing(Trainer(bench.server.url, KEY, 1 << 20)) as trainer:
         trainer.sync(CASE.tensors(A))
         yield trainer
+
+
+@pytest.fixture
+def bucket(bench, trainer) -> Iterator[SharedMemory]:
+    """The bucket that the server has mapped."""
+    with bucket_of_a_trainer() as bucket:
+        init(bench, bucket)
+        yield bucket
+
+
+def init(bench: FaultBench, bucket: SharedMemory) -> None:
+    body = {"init_info": {"segment": bucket.name}}
+    assert bench.server.post("init_weight_transfer_engine", body).ok
+
+
+def post(bench: FaultBench, step: str) -> int:
+    """Ask to start, finish or abort a sync; return the status."""
+    return bench.server.post(f"{step}_weight_update", {}).status_code
+
+
+def send(bench: FaultBench, bucket: SharedMemory, numbers: Iterable[int]) -> None:
+    """Send pieces of B, each in a chunk."""
+    for number in numbers:
+        body = pack(bench.tensors[B][number]).write(bucket)
+        answer = bench.server.post("update_weights", body)
+        assert answer.ok, answer.text
 
 
 def ask(bench: FaultBench) -> Answer:
@@ -69,6 +106,101 @@ def test_no_schedule_of_faults_corrupts_or_kills(bench):
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.parametrize(("sent", "leaves"), KILLS.values(), ids=KILLS)
+def test_a_trainer_that_is_killed(bench, bucket, sent, leaves):
+    def train() -> None:
+        assert post(bench, "start") == 200
+        send(bench, bucket, ALL[:sent])
+        if leaves is not None:
+            chunk = pack(bench.tensors[B][sent]).write(bucket)
+            lose(bench.server, "update_weights", chunk, leaves)
+
+    before = ask(bench)
+    run_and_kill(train)
+    assert ask(bench) == before
+    assert bench.served_digests() == bench.digests[A]
+    assert post(bench, "start") == 409
+    assert post(bench, "abort") == 200
+    sync_anew(bench)
+
+
+def sync_anew(bench: FaultBench) -> None:
+    """Let another trainer sync B."""
+    with closing(Trainer(bench.server.url, KEY, 1 << 20)) as trainer:
+        trainer.sync(CASE.tensors(B))
+    assert bench.served_digests() == bench.digests[B]
+
+
+def test_a_start_that_is_reset_half_way_opens_nothing(bench, bucket):
+    lose(bench.server, "start_weight_update", {}, Leaves.HALF_WAY)
+    assert post(bench, "finish") == 409
+    sync_anew(bench)
+
+
+def test_a_chunk_that_is_reset_half_way_is_not_loaded(bench, bucket):
+    assert post(bench, "start") == 200
+    send(bench, bucket, ALL[:3])
+    chunk = pack(Damage.WRONG_SHAPE.apply(bench.tensors[B][3]))  # it would end the sync
+    lose(bench.server, "update_weights", chunk.write(bucket), Leaves.HALF_WAY)
+    send(bench, bucket, ALL[3:])
+    assert post(bench, "finish") == 200
+    assert bench.served_digests() == bench.digests[B]
+
+
+def test_a_finish_that_is_reset_half_way_commits_nothing(bench, bucket):
+    assert post(bench, "start") == 200
+    send(bench, bucket, ALL)
+    lose(bench.server, "finish_weight_update", {}, Leaves.HALF_WAY)
+    assert bench.served_digests() == bench.digests[A]
+    assert post(bench, "finish") == 200
+    assert bench.served_digests() == bench.digests[B]
+
+
+def test_a_finish_whose_answer_is_lost_is_done(bench, bucket):
+    assert post(bench, "start") == 200
+    send(bench, bucket, ALL)
+    lose(bench.server, "finish_weight_update", {}, Leaves.UNREAD)
+    assert post(bench, "finish") == 409
+    assert bench.served_digests() == bench.digests[B]
+
+
+@pytest.mark.parametrize("commit", ["model", "layer"])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param([n for n in ALL for _ in range(2)], id="each twice"),
+        pytest.param([*ALL, *ALL], id="all twice"),
+        pytest.param([*reversed(ALL)], id="out of order"),
+    ],
+)
+def test_chunks_that_are_replayed_or_out_of_order(bench, bucket, commit, numbers):
+    bench.call("choose_policy", commit=commit, rollback="off")
+    assert post(bench, "start") == 200
+    send(bench, bucket, numbers)
+    assert post(bench, "finish") == 200
+    assert bench.served_digests() == bench.digests[B]
+
+
+def test_a_chunk_that_is_replayed_does_not_stand_for_another(bench, bucket):
+    assert post(bench, "start") == 200
+    send(bench, bucket, [0, 1, 1, 3, 4, 5])
+    error = error_of(bench.server.post("finish_weight_update", {}), 422)
+    assert {found["detail"] for found in error["missing"]} == {"never sent"}
+    assert bench.served_digests() == bench.digests[A]
+
+
+@pytest.mark.parametrize("commit", ["model", "layer"])
+def test_the_second_finish_is_refused(bench, bucket, commit):
+    bench.call("choose_policy", commit=commit, rollback="off")
+    assert post(bench, "start") == 200
+    send(bench, bucket, ALL)
+    assert post(bench, "finish") == 200
+    after = ask(bench)
+    assert post(bench, "finish") == 409
+    assert ask(bench) == after
+    assert bench.served_digests() == bench.digests[B]
 
 
 def test_a_sync_that_brings_nothing_is_refused(bench, trainer):

@@ -226,11 +226,36 @@ def test_a_trainer_learns_of_the_pause(server, trainer):
     assert 0 < sync["pause_seconds"] < sync["seconds"]
 
 
+def weight_info(server: Server) -> dict:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    return requests.get(f"{server.url}/weight_info", headers=headers, timeout=60).json()
+
+
+def test_the_series_of_the_base_count_too(server, trainer):
+    before = operations(server)
+    trainer.sync(CASE.tensors(B))
+    after = operations(server)
+    assert after["start"] - before["start"] == after["finish"] - before["finish"] == 1
+    assert after["update"] - before["update"] > 1
+
+
+def operations(server: Server) -> dict[str, float]:
+    """How often the base has seen each request of a weight update."""
+    name = "vllm:rl_weight_update_operation_duration_seconds_count"
+    counts = {"start": 0.0, "update": 0.0, "finish": 0.0}
+    for sample in samples_of(server):
+        if sample.name == name:
+            counts[sample.labels["operation"]] = sample.value
+    return counts
+
+
 def test_weights_have_the_name_that_the_trainer_gives(server, trainer):
     sync = trainer.sync(CASE.tensors(B))
     ((name, _),) = spans_of(ask(server))
     assert name == str(sync["version"])
+    assert weight_info(server) == {"weight_version": name}
     trainer.sync(CASE.tensors(B), "step-7")
+    assert weight_info(server) == {"weight_version": "step-7"}
     ((name, tokens),) = spans_of(ask(server))
     assert (name, len(tokens)) == ("step-7", REQUEST["max_tokens"])
     response = server.post("v1/chat/completions", {**REQUEST, **CHAT})

@@ -317,6 +317,21 @@ class Sleeper:
         pass
 
 
+def test_weights_that_are_reset_are_lost(worker):
+    worker.reset_weights()
+    status = reload_status(worker.model_runner.get_model())
+    assert (status.state, status.fenced) == ("inconsistent", True)
+    assert not worker.model_runner.get_model().weight.any()
+
+
+def test_weights_are_not_reset_while_a_session_is_open(worker):
+    before = worker.model_runner.get_model().weight.clone()
+    worker.start_weight_update()
+    with pytest.raises(SyncConflictError, match="open already"):
+        worker.reset_weights()
+    assert worker.model_runner.get_model().weight.equal(before)
+
+
 @pytest.mark.parametrize("args, kwargs", [((2,), {}), ((), {"level": 2})])
 def test_a_level_2_sleep_loses_the_weights(args, kwargs):
     worker = Sleeper()

@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.reload.errors import (
     TransferMissingError,
 )
 from vllm.model_executor.model_loader.reload.layerwise import take_reach, tensors_sent
+from vllm.v1.worker.reload_source import source_kept, source_named
 from vllm.v1.worker.weight_report import models_of
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "continues_session",
     "drops_weights",
     "finishes_session",
+    "loses_weights",
     "opens_session",
     "outside_sessions",
     "reloads_at_once",
@@ -42,9 +44,6 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 WorkerRpc = Callable[Concatenate[Any, P], R]
-
-# What a model's configuration says of where its weights are.
-SOURCE = ("model", "model_weights", "revision")
 
 
 def opens_session(start: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
@@ -181,7 +180,11 @@ def reloads_at_once(reload: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
     @wraps(reload)
     def agreed(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
         _check_none_open(worker)
-        with _source_kept(worker), _on_all_ranks(worker, closes=True):
+        with (
+            source_kept(worker),
+            _on_all_ranks(worker, closes=True),
+            source_named(worker),
+        ):
             return reload(worker, *args, **kwargs)
 
     return agreed
@@ -201,6 +204,22 @@ def drops_weights(sleep: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
     return marked
 
 
+def loses_weights(reset: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
+    """Wrap `reset_weights`, which fills the weights that serve with zeros.
+
+    While a session is open it fails: the session may have committed some of them.
+    """
+
+    @wraps(reset)
+    def marked(worker: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        _check_none_open(worker)
+        model = worker.model_runner.get_model()
+        mark_inconsistent(model, "weight_checker has reset the weights to zeros")
+        return reset(worker, *args, **kwargs)
+
+    return marked
+
+
 @contextmanager
 def _on_all_ranks(worker: Any, closes: bool) -> Iterator[None]:
     """Agree on a block across ranks; if it failed anywhere, close the session here."""
@@ -210,23 +229,6 @@ def _on_all_ranks(worker: Any, closes: bool) -> Iterator[None]:
     except BaseException as error:
         if closes:
             _close(worker, f"{type(error).__name__}: {error}", error)
-        raise
-
-
-@contextmanager
-def _source_kept(worker: Any) -> Iterator[None]:
-    """If a block fails, let the model come from where it came before.
-
-    A reload notes where the new weights are before it reads them.
-    """
-    config = worker.vllm_config.model_config
-    # A configuration of a worker may be without one of a model.
-    before = {name: getattr(config, name) for name in SOURCE if config is not None}
-    try:
-        yield
-    except BaseException:
-        for name, value in before.items():
-            setattr(config, name, value)
         raise
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Who may reach the routes of dev mode; the application and its layers are vLLM's."""
+"""Who may reach what changes weights; the application and its layers are vLLM's."""
 
 import logging
 from collections.abc import Iterator
@@ -41,12 +41,30 @@ CHANGES_WEIGHTS = {
     "/wake_up",
 }
 OPEN = ["/health", "/metrics", "/ping", "/version"]
+# None of these changes weights; docs/live-server.md says what they do.
+MAY_BE_OPEN = {
+    *OPEN,
+    *("/load", "/kv_event_sources", "/tokenize", "/detokenize"),
+    *("/invocations", "/generative_scoring"),
+    *("/pooling", "/classify", "/score", "/rerank"),
+}
+# Dev mode or not, and with adapters that may be loaded at run time.
+WITHOUT_DEV_MODE = {
+    ("post", "/scale_elastic_ep"),
+    ("post", "/adapters"),
+    ("delete", "/adapters/{adapter_name}"),
+}
 
 
-def app_of(monkeypatch, dev_mode: bool, *options: str) -> FastAPI:
+def app_of(
+    monkeypatch,
+    dev_mode: bool,
+    *options: str,
+    tasks: tuple[str, ...] = ("generate",),
+) -> FastAPI:
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", str(int(dev_mode)))
     parser = make_arg_parser(FlexibleArgumentParser())
-    app = build_app(parser.parse_args(["--api-key", "right", *options]), ("generate",))
+    app = build_app(parser.parse_args(["--api-key", "right", *options]), tasks)
     app.state.engine_client = CountingEngine()
     app.state.server = SimpleNamespace(should_exit=False)
     return app
@@ -90,6 +108,18 @@ def test_a_dev_route_needs_the_key(dev_app, dev_routes, headers):
     assert dev_app.state.engine_client.asked == 0
 
 
+@pytest.mark.parametrize("headers", NOT_THE_KEY)
+def test_what_changes_weights_without_dev_mode_needs_the_key(monkeypatch, headers):
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    app = app_of(monkeypatch, False)
+    assert routes(app) >= WITHOUT_DEV_MODE
+    # Behind the guard an adapter's route looks for a model, and finds none.
+    client = TestClient(app, raise_server_exceptions=False)
+    for method, path in WITHOUT_DEV_MODE:
+        assert client.request(method, path, headers=headers).status_code == 401
+        assert client.request(method, path, headers=KEY).status_code != 401
+
+
 def test_a_dev_route_answers_who_has_the_key(dev_app):
     answer = TestClient(dev_app).post("/resume", headers=KEY)
     assert answer.status_code == 200
@@ -99,6 +129,18 @@ def test_a_dev_route_answers_who_has_the_key(dev_app):
 @pytest.mark.parametrize("path", OPEN)
 def test_other_routes_stay_open(dev_app, path):
     assert TestClient(dev_app).get(path).status_code == 200
+
+
+def test_nothing_else_is_open(monkeypatch):
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    app = app_of(monkeypatch, True, tasks=("generate", "embed", "classify"))
+    client = TestClient(app, raise_server_exceptions=False)
+    found = {
+        path
+        for method, path in routes(app)
+        if client.request(method, path).status_code != 401
+    }
+    assert found <= MAY_BE_OPEN
 
 
 @pytest.mark.parametrize("path", ["/api/resume", "/resume", "/api/resume/", "/resume/"])
