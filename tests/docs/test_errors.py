@@ -9,7 +9,7 @@ import pytest
 
 from overlay.base import ROOT
 from tests.docs.messages import messages
-from vllm.v1.engine.replica_calls import DIFFER
+from vllm.v1.engine.replica_calls import DIFFER, NONE
 from vllm.v1.engine.weight_fence import REFUSAL
 
 PAGE = ROOT / "docs" / "errors.md"
@@ -44,7 +44,10 @@ def test_nothing_else_is_explained():
     assert not explained() - raised()
 
 
-@pytest.mark.parametrize("quoted", [REFUSAL.removesuffix(" Reason: {reason}"), DIFFER])
+QUOTED = [REFUSAL.removesuffix(" Reason: {reason}"), DIFFER, NONE]
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
 def test_what_is_filled_in_elsewhere_is_quoted(quoted):
     text = " ".join(PAGE.read_text().split())
     assert re.sub("{.*?}", "…", quoted) in text

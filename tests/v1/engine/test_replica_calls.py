@@ -3,11 +3,13 @@
 """Calls of the client of several engine cores, which are stand-ins."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm.v1.engine.core_client import DPLBAsyncMPClient
+from vllm.v1.engine.replica_calls import takes_all_replicas_or_none
 from vllm.v1.engine.rpc_refusal import RpcRefusal, RpcRefusedError
 
 REFUSED = RpcRefusedError(RpcRefusal("w2 was never sent", 422, [{"expert": 3}], [], 0))
@@ -64,3 +66,87 @@ def test_what_is_no_fault_of_the_client_comes_first():
 def test_other_calls_are_as_they_were():
     with pytest.raises(RpcRefusedError, match="^w2 was never sent$"):
         call(Client("first", REFUSED), "weight_status")
+
+
+def test_what_cannot_be_prepared_nobody_has():
+    client = Client("first", REFUSED)
+    with pytest.raises(RpcRefusedError, match=r"Replicas \[1\] of 2 .* none takes it"):
+        call(client, "prepare_weight_update")
+
+
+class Replicas:
+    """A client that notes what it is asked for.
+
+    Args:
+        fails: the RPC that a replica refuses.
+        moe: whether the model is a mixture of experts.
+        paused: whether somebody has paused generation.
+        parallel: what differs from two replicas that this client has.
+    """
+
+    def __init__(self, fails="", moe=True, paused=False, **parallel):
+        ways = dict(
+            data_parallel_size=2,
+            data_parallel_external_lb=False,
+            data_parallel_hybrid_lb=False,
+        )
+        self.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(**ways | parallel),
+            model_config=SimpleNamespace(is_moe=moe),
+        )
+        self.calls: list[str] = []
+        self._fails = fails
+        self._paused = paused
+
+    async def collective_rpc(self, rpc: str) -> None:
+        self.calls.append(rpc.removesuffix("_weight_update"))
+        if rpc.startswith(self._fails or " "):
+            raise REFUSED
+
+    async def is_paused(self) -> bool:
+        return self._paused
+
+    async def pause_generation(self, *, mode: str, clear_cache: bool) -> None:
+        assert (mode, clear_cache) == ("keep", False)
+        self.calls.append("pause")
+
+    async def resume_generation(self) -> None:
+        self.calls.append("resume")
+
+    @takes_all_replicas_or_none
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        await self.collective_rpc("finish_weight_update")
+
+
+PREPARED = ["prepare", "finish"]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "calls"),
+    [
+        (Replicas(), ["pause", *PREPARED, "resume"]),
+        (Replicas(paused=True), PREPARED),
+        (Replicas(moe=False), PREPARED),
+        (Replicas(data_parallel_size=1), ["finish"]),
+        (Replicas(data_parallel_external_lb=True), ["finish"]),
+        (Replicas(data_parallel_hybrid_lb=True), ["finish"]),
+    ],
+    ids=["mixture", "paused", "dense", "one", "external", "hybrid"],
+)
+def test_replicas_prepare_before_one_finishes(replicas, calls):
+    asyncio.run(replicas.finish_weight_update(weight_version="7"))
+    assert replicas.calls == calls
+
+
+@pytest.mark.parametrize(
+    ("rpc", "calls"),
+    [
+        ("prepare", ["pause", "prepare", "abort", "resume"]),
+        ("finish", ["pause", "prepare", "finish", "resume"]),
+    ],
+)
+def test_what_a_replica_refuses_ends_for_all(rpc, calls):
+    replicas = Replicas(fails=rpc)
+    with pytest.raises(RpcRefusedError, match="w2 was never sent"):
+        asyncio.run(replicas.finish_weight_update())
+    assert replicas.calls == calls

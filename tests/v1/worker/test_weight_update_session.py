@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Sessions of a real worker class, whose engine and model runner are stand-ins."""
 
+import itertools
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -104,6 +105,7 @@ def worker() -> Worker:
     worker.vllm_config = VllmConfig()
     worker.vllm_config.model_config = SimpleNamespace(**SOURCE)
     worker.rank = 0
+    worker.device = torch.device("cpu")
     worker.weight_transfer_engine = Engine(model)
     worker._weight_update_active = False
     worker._weight_update_is_draft = False
@@ -135,6 +137,7 @@ def send_and_finish(worker: Worker, weights: dict[str, torch.Tensor]) -> None:
     worker.finish_weight_update()
 
 
+NEW = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
 STEPS = pytest.mark.parametrize("step", ["start", "update", "finish"])
 
 
@@ -148,13 +151,19 @@ def test_a_step_that_fails_here_drops_the_sync(step, worker):
     assert worker.weight_transfer_engine.resets == 1
 
 
-@pytest.mark.parametrize("step", ["start", "update"])
-def test_a_step_that_fails_elsewhere_drops_the_sync(step, worker, others):
-    if step == "update":
-        worker.start_weight_update()
+@pytest.mark.parametrize("step", ["start", "update", "prepare"])
+def test_a_step_that_fails_elsewhere_drops_the_sync(step, worker, others, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", "model")
+    steps = {
+        "start": worker.start_weight_update,
+        "update": lambda: worker.update_weights(dict(NEW)),
+        "prepare": worker.prepare_weight_update,
+    }
+    for before in itertools.takewhile(lambda name: name != step, steps):
+        steps[before]()
     others.fail = True
     with pytest.raises(RankFailedError, match="rank 1"):
-        worker.update_weights({}) if step == "update" else worker.start_weight_update()
+        steps[step]()
     assert state(worker) == "serving"
     assert not worker._weight_update_active
     assert worker.weight_transfer_engine.resets == 1

@@ -70,6 +70,7 @@ WRITING_RPCS = frozenset(
         "start_weight_update",
         "start_draft_weight_update",
         "update_weights",
+        "prepare_weight_update",
         "finish_weight_update",
         "reload_weights",
     }

@@ -13,6 +13,9 @@ from dataclasses import asdict
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
+
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import (
     WeightSyncError,
     abort_layerwise_reload,
@@ -23,7 +26,11 @@ from vllm.model_executor.model_loader.reload.errors import (
     SyncConflictError,
     TransferMissingError,
 )
-from vllm.model_executor.model_loader.reload.layerwise import take_reach, tensors_sent
+from vllm.model_executor.model_loader.reload.layerwise import (
+    prepare_layerwise_reload,
+    take_reach,
+    tensors_sent,
+)
 from vllm.v1.worker.reload_source import source_kept, source_named
 from vllm.v1.worker.weight_report import models_of
 
@@ -37,6 +44,7 @@ __all__ = [
     "loses_weights",
     "opens_session",
     "outside_sessions",
+    "prepare_weight_update",
     "reloads_at_once",
     "session_reach",
 ]
@@ -99,6 +107,17 @@ def finishes_session(finish: WorkerRpc[P, R]) -> WorkerRpc[P, R]:
         return finish(worker, *args, **kwargs)
 
     return checked
+
+
+@finishes_session
+def prepare_weight_update(worker: Any) -> None:
+    """Do all of finishing that can be refused; see `takes_all_replicas_or_none`."""
+    own = worker.vllm_config.model_config
+    # Where engines know it, that of the draft model if the session is about it.
+    config = getattr(worker.weight_transfer_engine, "model_config", own)
+    with set_current_vllm_config(worker.vllm_config), torch.device(worker.device):
+        for model in models_of(worker):
+            prepare_layerwise_reload(model, config)
 
 
 def session_reach(worker: Any) -> dict[str, tuple[str, ...]] | None:

@@ -53,6 +53,7 @@ __all__ = [
     "mark_inconsistent",
     "note_unchecked",
     "planned_routes",
+    "prepare_layerwise_reload",
     "tensors_sent",
     "record_metadata_for_reloading",
     "reload_status",
@@ -109,6 +110,20 @@ def initialize_layerwise_reload(model: torch.nn.Module, exposed: bool = False) -
     with torch._C.DisableTorchFunction():
         transaction = ReloadTransaction(model, reload, policy, exposed, rollback)
     transaction.open()
+
+
+def prepare_layerwise_reload(
+    model: torch.nn.Module, model_config: ModelConfig | None
+) -> None:
+    """Do all of `finalize_layerwise_reload` that can be refused, if a sync is open.
+
+    Raises:
+        WeightSyncError: as there.
+
+    """
+    transaction = _model_reload(_unwrapped(model)).transaction
+    if isinstance(transaction, ReloadTransaction):
+        transaction.prepare(model_config)
 
 
 def finalize_layerwise_reload(

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 
 from .agreement import agree_across_ranks
 from .checksums import SentChecksums
+from .commit import Commit
 from .committer import CommitPolicy, Committer
 from .copying import Copies, batch_launcher
 from .errors import WeightSyncError
@@ -63,6 +64,7 @@ class ReloadTransaction:
         transaction.open()
         for chunk in chunks:
             model.load_weights(chunk)       # is transaction.load_weights meanwhile
+        transaction.prepare(model_config)   # if others have a say in it
         transaction.finish(model_config)    # or transaction.abort(reason)
 
     The layers show their staged tensors during `load_weights` only, so that a model
@@ -119,6 +121,7 @@ class ReloadTransaction:
         self._planned = self._planned_copies(reload.plan)
         self._loaded: set[str] = set()  # names of parameters
         self._loading = False
+        self._prepared: list[tuple[StagedLayer, Commit]] | None = None
         self._failure: str | None = None
         self._ending = Ending()
 
@@ -187,6 +190,7 @@ class ReloadTransaction:
 
     def _load(self, weights: Weights, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._check_open()
+        self._check_loading()
         watched = self._recorder, self._planned, self.commit_ready_layers
         if self._checksums is not None:
             weights = self._checksums.watch(weights)
@@ -218,6 +222,18 @@ class ReloadTransaction:
         self._check_experts()
         return result
 
+    def prepare(self, model_config: ModelConfig | None) -> None:
+        """Do all of `finish` that can be refused, and take no more tensors.
+
+        The old weights serve until `finish`, if nothing was committed before.
+
+        Raises:
+            WeightSyncError: as for `finish`.
+
+        """
+        with self._times.call(), self._aborting():
+            self._prepare(model_config)
+
     def finish(self, model_config: ModelConfig | None) -> None:
         """Commit what is staged, if the sync brought all that it owes.
 
@@ -227,17 +243,30 @@ class ReloadTransaction:
 
         """
         with self._times.call():
-            self._times.pause()
-            try:
-                with agree_across_ranks():
-                    self._check_open()
-                    self._check_complete()
-                    prepared = self._committer.finish(self._left(), model_config)
-                self._committer.apply(prepared)
-            except BaseException as error:
-                self.abort(str(error) or repr(error), error)
-                raise
+            with self._aborting():
+                self._committer.apply(self._prepare(model_config))
             self._succeed()
+
+    def _prepare(
+        self, model_config: ModelConfig | None
+    ) -> list[tuple[StagedLayer, Commit]]:
+        """What is left to apply, once all ranks have come so far."""
+        self._times.pause()
+        with agree_across_ranks():
+            self._check_open()
+            if self._prepared is None:
+                self._check_complete()
+                self._prepared = self._committer.finish(self._left(), model_config)
+        return self._prepared
+
+    @contextmanager
+    def _aborting(self) -> Iterator[None]:
+        """Abort the sync if this block fails."""
+        try:
+            yield
+        except BaseException as error:
+            self.abort(str(error) or repr(error), error)
+            raise
 
     def fail(self, reason: str, error: BaseException | None = None) -> None:
         """Drop what is staged, and refuse what is loaded until the sync is closed.
@@ -252,6 +281,7 @@ class ReloadTransaction:
         if self._failure is not None:
             return
         self._failure, self._ending = reason, Ending.of(error)
+        self._prepared = None
         mixture = self.mixture
         lost, fenced = self._reload.lost, self._reload.fenced
         if mixture:
@@ -346,6 +376,7 @@ class ReloadTransaction:
         return True
 
     def _end(self) -> None:
+        self._prepared = None
         self._committer.clear()  # whoever still holds this holds no staged memory
         if self._reload.transaction is self:
             vars(self._model).pop("load_weights", None)
@@ -357,6 +388,13 @@ class ReloadTransaction:
             raise WeightSyncError(f"{summary}: {self._failure}")
         if self._reload.transaction is not self:
             raise WeightSyncError("no weight sync is open, start one first")
+
+    def _check_loading(self) -> None:
+        if self._prepared is not None:
+            raise WeightSyncError(
+                "this weight sync is prepared to finish and takes no more tensors; "
+                "finish or abort it, then start another one"
+            )
 
     def _check_experts(self) -> None:
         unknown = unknown_experts(self._model, self._recorder.nowhere)
