@@ -140,7 +140,7 @@ def covers(entry: str, path: str) -> bool:
 
 def checkout_files(root: Path) -> list[str]:
     """Return the paths of the files that a patch may bring."""
-    scopes = ("vllm", "overlay/edits", "tests", "examples", "docs")
+    scopes = ("vllm", "overlay/edits", "tests", ".buildkite", "examples", "docs")
     return sorted(
         file.relative_to(root).as_posix()
         for scope in scopes
