@@ -83,7 +83,7 @@ patch-test: default-venv
 	.venv/bin/python -m tests.upstream.patched $(if $(BASE),--base $(BASE))
 
 docs: default-venv
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	@echo "build/site/index.html"
 
 lint: default-venv
