@@ -124,6 +124,12 @@ def test_against(sound, run):
     assert "model.layers.*.mlp.experts.*.down_proj.weight (16)," in text
 
 
+def test_a_terminal_shows_how_far_it_is(sound, run, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, _, progress = run(sound, "--against", sound)
+    assert "0/125" in progress and " tensors/s" in progress
+
+
 def test_says_once_what_is_missing(sound, damaged, run):
     tensors = load_file(sound / "model.safetensors")
     del tensors[SCALE]
