@@ -198,3 +198,9 @@ def test_what_is_no_report(options, sound, run):
 def test_a_checkpoint_or_a_report(sound, run):
     assert run(sound, "--report", "sync.json")[0] == 2
     assert run()[0] == 2
+
+
+def test_a_report_is_not_compared(sound, run, tmp_path):
+    publish(SYNC, tmp_path / "sync.json")
+    status, _, errors = run("--report", tmp_path / "sync.json", "--against", sound)
+    assert status == 2 and "got a report" in errors
