@@ -2,14 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Send tensors through vLLM's own CUDA IPC backend, as a trainer of either API does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pybase64 as base64
 import torch
 
+from vllm.distributed.weight_transfer import base as weight_transfer_base
 from vllm.distributed.weight_transfer import ipc_engine
 
 __all__ = ["Client", "json_of", "send_by_ipc"]
@@ -19,7 +21,7 @@ Ask = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Client:
-    """What a trainer of vLLM 0.32 asks of an engine, as routes and bodies.
+    """What a trainer since vLLM 0.32 asks of an engine, as routes and bodies.
 
     Attributes:
         ask: asks, and returns once the engine has answered.
@@ -62,9 +64,27 @@ def _send_since_032(
     trainer = ipc_engine.IPCTrainerWeightTransferEngine.trainer_init(
         ipc_engine.IPCTrainerInitInfo(rank=0, **packing),
         client=client,
-        source=tensors.items(),
+        source=_source(tensors),
     )
     trainer.send_weights()
+
+
+def _source(tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return what a trainer's engine sends: pairs, or since 0.33 an object."""
+    base = weight_transfer_base.WeightSource
+    if not hasattr(base, "implements_iter_full"):
+        return tensors.items()
+
+    class Source(base):
+        @cached_property
+        def metadata(self) -> list[Any]:
+            meta = weight_transfer_base.ParamMeta
+            return [meta(name, t.dtype, t.shape) for name, t in tensors.items()]
+
+        def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield from tensors.items()
+
+    return Source()
 
 
 def _send_before_032(
