@@ -4,15 +4,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pybase64 as base64
 import torch
 
-from vllm.distributed.weight_transfer import base as weight_transfer_base
-from vllm.distributed.weight_transfer import ipc_engine
+from vllm.distributed.weight_transfer import base, ipc_engine
 
 __all__ = ["Client", "json_of", "send_by_ipc"]
 
@@ -42,6 +40,26 @@ class Client:
         self.ask("finish_weight_update", {})
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a trainer of vLLM 0.33 sends, where one of 0.32 takes pairs."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def metadata(self) -> list[Any]:
+        return [base.ParamMeta(n, t.dtype, t.shape) for n, t in self.tensors.items()]
+
+    def owned_names(self, rank: int) -> list[str]:
+        return list(self.tensors)
+
+    def implements_iter_full(self) -> bool:
+        return True
+
+    def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.tensors.items()
+
+
 def send_by_ipc(
     tensors: Mapping[str, torch.Tensor], ask: Ask, packed_bytes: int = 0
 ) -> None:
@@ -61,30 +79,13 @@ def send_by_ipc(
 def _send_since_032(
     tensors: Mapping[str, torch.Tensor], client: Client, **packing: Any
 ) -> None:
+    is_since_033 = hasattr(base.WeightSource, "implements_iter_full")
     trainer = ipc_engine.IPCTrainerWeightTransferEngine.trainer_init(
         ipc_engine.IPCTrainerInitInfo(rank=0, **packing),
         client=client,
-        source=_source(tensors),
+        source=Source(tensors) if is_since_033 else tensors.items(),
     )
     trainer.send_weights()
-
-
-def _source(tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return what a trainer's engine sends: pairs, or since 0.33 an object."""
-    base = weight_transfer_base.WeightSource
-    if not hasattr(base, "implements_iter_full"):
-        return tensors.items()
-
-    class Source(base):
-        @cached_property
-        def metadata(self) -> list[Any]:
-            meta = weight_transfer_base.ParamMeta
-            return [meta(name, t.dtype, t.shape) for name, t in tensors.items()]
-
-        def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
-            yield from tensors.items()
-
-    return Source()
 
 
 def _send_before_032(
