@@ -31,70 +31,67 @@ export VLLM_CPU_KVCACHE_SPACE := 1
 .PHONY: help venv demo quick test soak bench upstream-test gpu-test gpu-bench wheel \
 	patch patch-test docs lint clean
 
-help:
-	@echo "make venv [BASE=x.y.z] | demo | quick | test | bench | upstream-test"
-	@echo "make soak [SCHEDULES=n] [SYNCS=n] | docs | lint | clean"
-	@echo "make wheel [BASE=x.y.z] | patch [BASE=x.y.z] | patch-test [BASE=x.y.z]"
-	@echo "with the fork installed on a machine with a GPU: make gpu-test | gpu-bench"
+help: ## this list
+	@awk -F ':.* ## ' '/^[a-z-]+:.* ## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
-venv:
+venv: ## [BASE=x.y.z] a working environment that follows this checkout
 	@$(PYTHON) -m overlay venv $(if $(BASE),--base $(BASE))
 
-demo: default-venv
+demo: default-venv ## what the released vLLM does with a trainer's mistakes, and the fork
 	.venv/bin/python -m demo
 
-quick: lint
+quick: lint ## lint, the docs, and each defect that the fork is about
 	.venv/bin/python -m pytest $(QUICK_TESTS)
 
-test: default-venv
+test: default-venv ## all tests that need no GPU, upstream's too
 	@$(PYTHON) -m overlay venv --base $(REPORTED_BASE)
 	.venv/bin/python -m pytest tests
 	.venv/bin/python -m tests.upstream
 	.venv-$(REPORTED_BASE)/bin/python -m pytest $(REPORTED_BASE_TESTS)
 
-soak: default-venv
+soak: default-venv ## [SCHEDULES=n] [SYNCS=n] random faults, then syncs, for hours
 	mkdir -p build
 	.venv/bin/python -m tests.soak syncs --count $(SYNCS) --log build/soak-syncs.log
 	.venv/bin/python -m tests.soak faults --count $(SCHEDULES) --log build/soak-faults.log
 
-upstream-test: default-venv
+upstream-test: default-venv ## upstream's own tests of the reload, on base and fork
 	.venv/bin/python -m tests.upstream
 
-bench: default-venv
+bench: default-venv ## loads and syncs of base and fork in turns, into build/
 	mkdir -p build
 	.venv/bin/python -m benchmarks.sync --out build/sync.json
 	.venv/bin/python -m benchmarks.sync.plot build/sync.json build/sync.png
 
-gpu-test:
+gpu-test: ## with the fork installed on a machine with a GPU: what needs one
 	$(PYTHON) -m pytest $(GPU_TESTS)
 
-gpu-bench:
+gpu-bench: ## the same: layers of FP8 experts and syncs, into build/
 	mkdir -p build
 	$(PYTHON) -m benchmarks.kernels.moe.bench --out build/moe.json
 	$(PYTHON) -m benchmarks.kernels.moe.plot build/moe.json build/moe.png
 	$(PYTHON) -m benchmarks.sync --model Qwen3-30B-A3B --layers 16 --out build/sync.json
 	$(PYTHON) -m benchmarks.sync.plot build/sync.json build/sync.png
 
-wheel: default-venv
+wheel: default-venv ## [BASE=x.y.z] the fork as a wheel, into dist/
 	.venv/bin/python -m overlay build $(if $(BASE),--base $(BASE))
 
-patch: default-venv
+patch: default-venv ## [BASE=x.y.z] the fork as patches for upstream, into dist/upstream/
 	.venv/bin/python -m overlay patch $(if $(BASE),--base $(BASE))
 
-patch-test: default-venv
+patch-test: default-venv ## [BASE=x.y.z] those, applied to upstream's source and tested there
 	.venv/bin/python -m tests.upstream.patched $(if $(BASE),--base $(BASE))
 
-docs: default-venv
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+docs: default-venv ## the pages of docs/ as a site, into build/site/
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	@echo "build/site/index.html"
 
-lint: default-venv
+lint: default-venv ## ruff, mypy and typos
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/typos
 
-clean:
+clean: ## remove what was built, but for environments and bases
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 

@@ -26,7 +26,8 @@ from overlay.base import ROOT
 
 OUT = ROOT / "build" / "demo"
 LOOK = """
-What was synced is in build/demo/. Is it sound, what does a sync send, what did one do?
+What was synced is in build/demo/.
+Is it sound, what does a sync send, what did one do?
 
     .venv/bin/vllm reload-check build/demo/qwen3_moe-fp8_block-2
     .venv/bin/vllm reload-check build/demo/qwen3_moe-fp8_block-2 \\

@@ -103,7 +103,8 @@ def _judge(result: Result, old: Snapshot, new: Snapshot) -> tuple[Outcome, str]:
         return Outcome.WRONG, _damage(result.weights, new)
     if _count(result.weights, old) == 0:
         return Outcome.OLD, ""
-    return Outcome.BROKEN, _damage(result.weights, old)
+    raised = type(result.error).__name__
+    return Outcome.BROKEN, f"{raised}, {_damage(result.weights, old)}"
 
 
 def _count(actual: Snapshot, expected: Snapshot) -> int:

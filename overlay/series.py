@@ -8,10 +8,12 @@ end; of several entries that cover a file, the longest decides.
 
 import tomllib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from overlay.base import OverlayError
 from overlay.fork import Fork, ReadBase
+from overlay.links import relink
 
 Tree = dict[str, bytes]
 """Path -> content of the files by which a tree differs from the base's."""
@@ -46,6 +48,11 @@ class Series:
 
     patches: tuple[Patch, ...]
     stays: tuple[str, ...]
+
+    @cached_property
+    def moved(self) -> dict[str, str]:
+        """Path in the checkout -> path in upstream's tree, where they differ."""
+        return {a: b for patch in self.patches for a, b in patch.moved.items()}
 
     def owner(self, path: str) -> Patch | None:
         """Return the patch that brings a file; None is a file that stays.
@@ -82,8 +89,7 @@ class Series:
 
     def touched(self, fork: Fork, root: Path) -> set[str]:
         """Return the paths that the series may add to the base or change there."""
-        moved = {a: b for patch in self.patches for a, b in patch.moved.items()}
-        files = {moved.get(path, path) for path in checkout_files(root)}
+        files = {self.moved.get(path, path) for path in checkout_files(root)}
         return files | {edit.module for edit in fork.edits}
 
     def trees(self, fork: Fork, root: Path, read_base: ReadBase) -> list[Tree]:
@@ -107,11 +113,28 @@ class Series:
         for patch in self.patches:
             brought = self.brought(paths, patch)
             declared |= set(brought)
-            files = _files(patch, brought, root, read_base)
+            files = self._files(brought, root, read_base)
             edited = _edited(fork, set(brought), declared, read_base)
             tree = tree | files | edited
             trees.append(tree)
         return trees
+
+    def _files(self, paths: list[str], root: Path, read_base: ReadBase) -> Tree:
+        files = {
+            self.moved.get(path, path): self._content(path, root)
+            for path in paths
+            if not path.startswith("overlay/edits/")
+        }
+        for path in files:
+            if not path.startswith("vllm/") and read_base(path) is not None:
+                raise SeriesError(f"{path}: the base has its own; name it in `stays`")
+        return files
+
+    def _content(self, path: str, root: Path) -> bytes:
+        content = (root / path).read_bytes()
+        if path not in self.moved:
+            return content
+        return relink(content.decode(), path, self.moved).encode()
 
 
 def load_series(file: Path) -> Series:
@@ -140,7 +163,7 @@ def covers(entry: str, path: str) -> bool:
 
 def checkout_files(root: Path) -> list[str]:
     """Return the paths of the files that a patch may bring."""
-    scopes = ("vllm", "overlay/edits", "tests", "examples", "docs")
+    scopes = ("vllm", "overlay/edits", "tests", ".buildkite", "examples", "docs")
     return sorted(
         file.relative_to(root).as_posix()
         for scope in scopes
@@ -154,18 +177,6 @@ def _patch(
     title: str, body: str, files: list[str], moved: dict[str, str] | None = None
 ) -> Patch:
     return Patch(title, body.strip(), tuple(files), moved or {})
-
-
-def _files(patch: Patch, paths: list[str], root: Path, read_base: ReadBase) -> Tree:
-    files = {
-        patch.moved.get(path, path): (root / path).read_bytes()
-        for path in paths
-        if not path.startswith("overlay/edits/")
-    }
-    for path in files:
-        if not path.startswith("vllm/") and read_base(path) is not None:
-            raise SeriesError(f"{path}: the base has its own; name it in `stays`")
-    return files
 
 
 def _edited(

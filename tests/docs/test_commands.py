@@ -48,10 +48,10 @@ RUN_BY = {
         "tests/entrypoints/rl/test_shm_sync.py::test_the_trainer_of_the_readme_works"
     ),
     "vllm reload-check CHECKPOINT [--against A] [--json]": (
-        "tests/entrypoints/cli/test_reload_check.py::test_the_real_command"
+        "tests/entrypoints/unit_tests/test_reload_check.py::test_the_real_command"
     ),
     "vllm reload-check --report FILE [--json]": (
-        "tests/entrypoints/cli/test_reload_check.py::test_report_as_json"
+        "tests/entrypoints/unit_tests/test_reload_check.py::test_report_as_json"
     ),
 }
 

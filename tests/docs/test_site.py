@@ -4,6 +4,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,19 +19,50 @@ FETCHED = re.compile(
 )
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
-    run = subprocess.run(
+LINK = re.compile(r"\]\(([^)#:]+)\)")
+
+
+def build(folder: Path, root: Path = ROOT) -> subprocess.CompletedProcess:
+    """Build the site of a checkout into a folder, as `make docs` does."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    return subprocess.run(
         [*command, "--site-dir", str(folder)],
-        cwd=ROOT,
+        cwd=root,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    run = build(folder)
     assert run.returncode == 0, run.stderr
     return folder
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "complaint"),
+    [
+        ("new.md", "# Found by nobody", 'not included in the "nav"'),
+        ("index.md", "[a page](gone.md)", "gone.md"),
+        ("index.md", "[a part](limits.md#gone)", "gone"),
+    ],
+    ids=["in no menu", "a link to no page", "a link to no heading"],
+)
+def test_a_fault_is_refused(tmp_path, page, text, complaint):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "docs" / page).write_text(text)
+    run = build(tmp_path / "site", tmp_path)
+    assert run.returncode and complaint in run.stderr
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
+def test_links_of_a_page_beside_the_site_lead_somewhere(page):
+    links = LINK.findall((ROOT / page).read_text())
+    assert links and all((ROOT / link).is_file() for link in links)
 
 
 def test_each_page_is_there(site):

@@ -89,6 +89,8 @@ def shared_memory_of_a_gpu() -> Iterator[SharedMemoryOfGpu]:
             patch.setattr(module, "reduce_tensor", gpu.export)
         patch.setattr(reductions, "rebuild_cuda_tensor", gpu.open)
         patch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        patch.setattr(torch.accelerator, "current_stream", lambda: stream)
+        patch.setattr(torch.accelerator, "synchronize", lambda: None)
         patch.setattr(torch.cuda, "get_device_properties", lambda index: uuid)
         patch.setattr(torch.cuda, "current_stream", lambda: stream)
         patch.setattr(torch.cuda, "ipc_collect", lambda: None)

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Send tensors through vLLM's own CUDA IPC backend, as a trainer of either API does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pybase64 as base64
 import torch
 
-from vllm.distributed.weight_transfer import ipc_engine
+from vllm.distributed.weight_transfer import base, ipc_engine
 
 __all__ = ["Client", "json_of", "send_by_ipc"]
 
@@ -19,7 +19,7 @@ Ask = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Client:
-    """What a trainer of vLLM 0.32 asks of an engine, as routes and bodies.
+    """What a trainer since vLLM 0.32 asks of an engine, as routes and bodies.
 
     Attributes:
         ask: asks, and returns once the engine has answered.
@@ -38,6 +38,26 @@ class Client:
 
     def finish_weight_update(self) -> None:
         self.ask("finish_weight_update", {})
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a trainer of vLLM 0.33 sends, where one of 0.32 takes pairs."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def metadata(self) -> list[Any]:
+        return [base.ParamMeta(n, t.dtype, t.shape) for n, t in self.tensors.items()]
+
+    def owned_names(self, rank: int) -> list[str]:
+        return list(self.tensors)
+
+    def implements_iter_full(self) -> bool:
+        return True
+
+    def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.tensors.items()
 
 
 def send_by_ipc(
@@ -59,10 +79,11 @@ def send_by_ipc(
 def _send_since_032(
     tensors: Mapping[str, torch.Tensor], client: Client, **packing: Any
 ) -> None:
+    is_since_033 = hasattr(base.WeightSource, "implements_iter_full")
     trainer = ipc_engine.IPCTrainerWeightTransferEngine.trainer_init(
         ipc_engine.IPCTrainerInitInfo(rank=0, **packing),
         client=client,
-        source=tensors.items(),
+        source=Source(tensors) if is_since_033 else tensors.items(),
     )
     trainer.send_weights()
 

@@ -67,7 +67,7 @@ def repository(checkout):
     """A checkout with tests, docs and a series."""
     checkout.write("tests/test_added.py", "from vllm.new import added\n")
     checkout.write("tests/overlay/test_builder.py", "")
-    checkout.write("docs/added.md", "# Added\n")
+    checkout.write("docs/added.md", "# Added to [the fork](fork.md)\n")
     checkout.write("docs/fork.md", "# The fork\n")
     checkout.write("overlay/upstream.toml", SERIES)
     return checkout
@@ -112,7 +112,7 @@ def test_git_am_takes_the_series(source, repository, fresh, tmp_path):
     tracked = git(fresh, "ls-files").splitlines()
     assert {path: (fresh / path).read_text() for path in tracked} == {
         **SOURCE_FILES,
-        "docs/training/added.md": "# Added\n",
+        "docs/training/added.md": "# Added to the fork\n",
         "tests/test_added.py": "from vllm.new import added\n",
         "vllm/cli.py": 'def main():\n    return "fork"\n    return "base"\n',
         "vllm/new/added.py": "ADDED = 1\n",

@@ -14,14 +14,16 @@ import yaml
 from overlay.patch import FIRST_PARTY
 
 CONFIG = ".pre-commit-config.yaml"
-# Of the hooks in upstream's own source, those that judge Python. pre-commit makes their
-# environments, with the versions that upstream names.
+# Of the hooks in upstream's own source, those that judge Python and the jobs of CI.
+# pre-commit makes their environments, with the versions that upstream names.
 LOCAL_HOOKS = {
     "check-boolean-context-manager",
+    "check-buildkite-step-keys",
     "check-filenames",
     "check-forbidden-imports",
     "check-root-lazy-imports",
     "check-spdx-header",
+    "check-test-tethering",
     "check-torch-cuda-call",
     "check-trust-remote-code",
     "mypy",

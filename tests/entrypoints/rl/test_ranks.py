@@ -91,7 +91,8 @@ class Running:
     def processes(self) -> list[psutil.Process]:
         """Return the processes of the ranks, in order."""
         children = psutil.Process(self.server.process.pid).children(recursive=True)
-        titles = {title_of(child): child for child in children}
+        running = [c for c in children if c.status() != psutil.STATUS_ZOMBIE]
+        titles = {title_of(child): child for child in running}
         return [titles[t] for t in sorted(titles) if t.startswith("VLLM::Worker_")]
 
 

@@ -67,6 +67,9 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.report and args.against:
+        unclear = "--against A: expected a checkpoint to compare with A, got a report"
+        return _unreadable(ValueError(unclear), args.json)
     return _read(args) if args.report else _check(args)
 
 

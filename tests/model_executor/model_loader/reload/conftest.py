@@ -58,11 +58,17 @@ def single_thread() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rank() -> Iterator[None]:
-    """Be the one rank of vLLM's distributed groups, once a session."""
+    """Be the one rank of vLLM's distributed groups, once a module."""
     with single_rank():
         yield
+
+
+@pytest.fixture
+def should_do_global_cleanup_after_test() -> bool:
+    """Have upstream's conftest leave `rank` its groups from test to test."""
+    return False
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger, boxes_of_view
@@ -62,6 +62,7 @@ def smaller_views(draw, view: torch.Tensor) -> torch.Tensor:
     return steps[draw(st.sampled_from(sorted(steps)))]()
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # torch's first
 @given(st.data())
 def test_boxes_of_a_view_are_what_it_writes(data):
     owner = data.draw(owners())

@@ -48,6 +48,12 @@ def rank() -> Iterator[None]:
 
 
 @pytest.fixture
+def should_do_global_cleanup_after_test() -> bool:
+    """Have upstream's conftest leave `rank` its groups from test to test."""
+    return False
+
+
+@pytest.fixture
 def make_model(rank, tmp_path, monkeypatch):
     stand_ins.install(monkeypatch)
     dtype = torch.get_default_dtype()

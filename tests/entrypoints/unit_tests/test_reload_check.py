@@ -124,6 +124,12 @@ def test_against(sound, run):
     assert "model.layers.*.mlp.experts.*.down_proj.weight (16)," in text
 
 
+def test_a_terminal_shows_how_far_it_is(sound, run, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, _, progress = run(sound, "--against", sound)
+    assert "0/125" in progress and " tensors/s" in progress
+
+
 def test_says_once_what_is_missing(sound, damaged, run):
     tensors = load_file(sound / "model.safetensors")
     del tensors[SCALE]
@@ -192,3 +198,9 @@ def test_what_is_no_report(options, sound, run):
 def test_a_checkpoint_or_a_report(sound, run):
     assert run(sound, "--report", "sync.json")[0] == 2
     assert run()[0] == 2
+
+
+def test_a_report_is_not_compared(sound, run, tmp_path):
+    publish(SYNC, tmp_path / "sync.json")
+    status, _, errors = run("--report", tmp_path / "sync.json", "--against", sound)
+    assert status == 2 and "got a report" in errors
