@@ -49,7 +49,9 @@ def outcomes(case: Case, directory, ranks: int = 2) -> list[str]:
 def _run(rank: int, case: Case, ranks: int, init: str, received) -> None:
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=ranks)
     try:
-        case(rank, _grid(rank, ranks))
+        grid = _grid(rank, ranks)
+        _wait_for_all(rank, ranks)
+        case(rank, grid)
         outcome = FINE
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"
@@ -65,6 +67,13 @@ def _grid(rank: int, ranks: int) -> Axes:
     rows = [dist.new_group([r, r + 1]) for r in range(0, ranks, 2)]
     columns = [dist.new_group(list(range(c, ranks, 2))) for c in (0, 1)]
     return [rows[rank // 2], columns[rank % 2]] if ranks > 2 else [rows[0]]
+
+
+def _wait_for_all(rank: int, ranks: int) -> None:
+    """Let no rank die while another one still connects to it."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{rank} is connected", "")
+    store.wait([f"{other} is connected" for other in range(ranks)])
 
 
 def all_succeed(rank: int, axes: Axes) -> None:
