@@ -8,11 +8,11 @@ client of all of them asks first whether each would finish, and then has them do
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from vllm.logger import init_logger
 from vllm.v1.engine.rpc_refusal import RpcRefusedError
@@ -22,7 +22,8 @@ __all__ = ["takes_all_replicas_or_none", "tells_of_replicas"]
 
 logger = init_logger(__name__)
 
-Call = Callable[..., Awaitable[Any]]
+Call = TypeVar("Call", bound=Callable[..., Coroutine[Any, Any, Any]])
+
 PREPARE = "prepare_weight_update"
 
 NONE = "Replicas {failed} of {count} refused the weight update, so that none takes it"
@@ -54,7 +55,7 @@ def takes_all_replicas_or_none(finish: Call) -> Call:
                 raise
             return await finish(client, *args, **kwargs)
 
-    return finish_all
+    return cast(Call, finish_all)
 
 
 def _has_all_replicas(parallel: Any) -> bool:
@@ -96,7 +97,7 @@ def tells_of_replicas(call: Call) -> Call:
             raise _error_of(args[0], errors, len(results))
         return results[0]
 
-    return told
+    return cast(Call, told)
 
 
 def _error_of(rpc: str, errors: dict[int, Exception], count: int) -> Exception:
