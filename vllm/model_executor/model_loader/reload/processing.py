@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Processing staged layers, aside from those that serve."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from .commit import Commit, pair_tensors, prepare_commit
 from .errors import Finding
-from .meta import storage_address
+from .meta import like, storage_address
 from .pristine import Shadow, copy_if_small
 from .registry import get_layerwise_info
 from .scales import WrittenScales, invalid_scales
@@ -178,6 +178,20 @@ def process_quantized(layer: torch.nn.Module) -> None:
         update()
 
 
+def _serving_params(
+    layer: torch.nn.Module, created: Container[str]
+) -> dict[str, torch.Tensor | None]:
+    """Copies of the parameters that serve, without those that processing has made.
+
+    Processing may write to what it finds, and makes what it does not find.
+    """
+    return {
+        name: None if param is None else like(param.data.clone(), param)
+        for name, param in layer._parameters.items()
+        if name in created
+    }
+
+
 def _shadow_of(
     staged: StagedLayer, children: Mapping[str, torch.nn.Module], renew: bool
 ) -> Shadow:
@@ -187,7 +201,7 @@ def _shadow_of(
     params = (
         {name: tensor.processable() for name, tensor in staged.params.items()}
         if own
-        else dict(layer._parameters)
+        else _serving_params(layer, staged.params)
     )
     buffers = {name: copy_if_small(b) for name, b in layer._buffers.items()}
     if renew:
