@@ -16,7 +16,10 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
-from vllm.model_executor.model_loader.reload.layerwise import finish_first_load
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finish_first_load,
+    prepare_layerwise_reload,
+)
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 DTYPE = torch.bfloat16
@@ -62,6 +65,17 @@ class PackingAttention(torch.nn.Module, AttentionLayerBase):
     def process_weights_after_loading(self, act_dtype):
         self.impl.process_weights_after_loading(act_dtype)
         self.projection.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+
+class DerivingAttention(PackingAttention):
+    """Derives a parameter, from the second time on in place, as 0.33's MLA does."""
+
+    def process_weights_after_loading(self, act_dtype):
+        derived = self.projection.weight.data.T.to(act_dtype)
+        if hasattr(self, "derived"):
+            self.derived.data.copy_(derived)
+        else:
+            self.derived = torch.nn.Parameter(derived.contiguous(), False)
 
 
 class Transpose(QuantizeMethodBase):
@@ -116,6 +130,21 @@ def test_attention_may_pack_a_projection_and_leave_it_empty(policy, monkeypatch)
     assert model.attention.impl.packed is packed
     assert model.attention.impl.projection is model.attention.projection
     assert model.attention.projection.weight is left
+
+
+def test_attention_derives_nothing_in_place_before_it_is_committed(monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", "model")
+    model: Any = Model(attention=DerivingAttention())
+    loaded = load(model, 1.0)
+    model.attention.process_weights_after_loading(DTYPE)
+    initialize_layerwise_reload(model)
+    model.load_weights((n, torch.full_like(t, 2.0)) for n, t in loaded.items())
+    serving = model.attention.derived
+    prepare_layerwise_reload(model, CONFIG)
+    assert (serving == 1.0).all()
+    finalize_layerwise_reload(model, CONFIG)
+    assert model.attention.derived is serving
+    assert (serving == 2.0).all()
 
 
 def test_what_is_processed_takes_the_place_of_what_was_staged(monkeypatch):
