@@ -281,7 +281,6 @@ class ReloadTransaction:
         if self._failure is not None:
             return
         self._failure, self._ending = reason, Ending.of(error)
-        self._prepared = None
         mixture = self.mixture
         lost, fenced = self._reload.lost, self._reload.fenced
         if mixture:
