@@ -1,56 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Who waits for an engine core that is shut down is told so."""
+"""Who waits for an engine core that dies, or that is shut down, is told so."""
 
 import asyncio
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import zmq
+import zmq.asyncio
 
+from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine.core_client import (
+    AsyncMPClient,
+    BackgroundResources,
+    MPClient,
+    SyncMPClient,
+)
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.pending_calls import ends_pending_calls
+from vllm.v1.engine.pending_calls import answers_calls
+
+ANSWERS = "inproc://answers"
+SECONDS = 10
 
 
-class Client:
-    """Waits for these."""
+class Core:
+    """The place of an engine core: a socket that a client reads its answers from."""
 
-    def __init__(self, *futures):
-        self.utility_results = dict(enumerate(futures))
-        self.timeout: float | None = None
+    def __init__(self, context: zmq.Context):
+        self._context = context
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.bind(ANSWERS)
 
-    @ends_pending_calls
-    def shutdown(self, timeout: float | None = None) -> None:
-        self.timeout = timeout
+    def connect(self, client: MPClient, context: zmq.Context) -> None:
+        """Give a client what it needs to read, and no process to watch."""
+        client.ctx = context
+        client.resources = BackgroundResources(ctx=self._context)
+        client.resources.output_socket = context.socket(zmq.PULL)
+        client.resources.output_socket.connect(ANSWERS)
+        client.decoder = None
+        client.utility_results = {}
+
+    def die(self) -> None:
+        """Say what a core says last."""
+        self._socket.send(EngineCoreProc.ENGINE_CORE_DEAD)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
 
 
-def test_a_call_of_another_thread_ends():
-    async def wait() -> None:
-        future = asyncio.get_running_loop().create_future()
-        await asyncio.to_thread(Client(future).shutdown, timeout=0)
-        await asyncio.wait_for(future, 10)
+@pytest.fixture
+def context() -> Iterator[zmq.Context]:
+    with zmq.Context() as context:
+        yield context
+
+
+@pytest.fixture
+def core(context) -> Iterator[Core]:
+    core = Core(context)
+    yield core
+    core.close()
+
+
+@contextmanager
+def reading_async(core: Core, context: zmq.Context) -> Iterator[AsyncMPClient]:
+    client = AsyncMPClient.__new__(AsyncMPClient)
+    core.connect(client, zmq.asyncio.Context(context))
+    client.outputs_queue = asyncio.Queue()
+    client._ensure_output_queue_task()
+    try:
+        yield client
+    finally:
+        client.resources()
+
+
+@pytest.fixture
+def reading(core, context, monkeypatch) -> Iterator[SyncMPClient]:
+    def connect(client: SyncMPClient, **_: Any) -> None:
+        client.vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_size=1)
+        )
+        core.connect(client, context)
+
+    monkeypatch.setattr(MPClient, "__init__", connect)
+    client = SyncMPClient(None, None, False)
+    client.resources.input_socket = None
+    yield client
+    if client.output_queue_thread.is_alive():
+        client.resources()
+    client.output_queue_thread.join(SECONDS)
+
+
+def end_of(call: Future) -> BaseException | None:
+    return call.exception(SECONDS)
+
+
+@pytest.mark.parametrize("end", ["dies", "is shut down"])
+def test_a_call_of_a_server_ends_with_its_core(core, context, end):
+    async def call() -> None:
+        with reading_async(core, context) as client:
+            answer = asyncio.get_running_loop().create_future()
+            client.utility_results[7] = answer
+            await asyncio.sleep(0)  # the reader waits for its socket
+            core.die() if end == "dies" else client.resources()
+            await asyncio.wait_for(answer, SECONDS)
 
     with pytest.raises(EngineDeadError):
-        asyncio.run(wait())
+        asyncio.run(call())
 
 
-def test_a_call_without_a_loop_ends():
-    future: Future = Future()
-    client = Client(future)
-    client.shutdown(timeout=3)
-    assert client.timeout == 3
-    with pytest.raises(EngineDeadError):
-        future.result(0)
+@pytest.mark.parametrize("end", ["dies", "is shut down"])
+def test_a_call_without_a_loop_ends_with_its_core(core, reading, end):
+    answer: Future = Future()
+    reading.utility_results[7] = answer
+    core.die() if end == "dies" else reading.resources()
+    assert isinstance(end_of(answer), EngineDeadError)
 
 
 def test_a_call_that_was_answered_stays_so():
-    future: Future = Future()
-    future.set_result(7)
-    Client(future).shutdown()
-    assert future.result(0) == 7
+    answer: Future = Future()
+    answer.set_result(7)
+    with answers_calls({0: answer}):
+        pass
+    assert answer.result(0) == 7
 
 
 def test_a_call_whose_loop_is_gone_is_nobodys():
     async def made() -> asyncio.Future:
         return asyncio.get_running_loop().create_future()
 
-    Client(asyncio.run(made())).shutdown()
+    with answers_calls({0: asyncio.run(made())}):
+        pass

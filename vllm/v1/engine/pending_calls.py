@@ -1,43 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Calls to an engine core that is shut down end with an error.
+"""Calls to an engine core end with an error when nobody reads its answers any more.
 
-Who shuts an engine down does not wait for it to answer, and a server waits for its open
-requests before it ends. One that awaits an answer, such as that to the commit of a
-weight update, would keep it for ever.
+The reader of answers ends when the engine core says that it dies, and when the client
+is shut down. A call that is still open, such as that to the commit of a weight update,
+would wait for ever, and with it the server, which ends after its open requests.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
-from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-__all__ = ["ends_pending_calls"]
+__all__ = ["answers_calls", "answers_calls_async"]
 
-P = ParamSpec("P")
-Shutdown = Callable[Concatenate[Any, P], None]
+Answer = asyncio.Future | Future
 
 
-def ends_pending_calls(shutdown: Shutdown[P]) -> Shutdown[P]:
-    """Wrap the shutdown of a client of engine cores, which any thread may call."""
+@contextmanager
+def answers_calls(calls: Mapping[int, Answer]) -> Iterator[None]:
+    """Decorate the function that reads the answers to these calls until it ends.
 
-    @wraps(shutdown)
-    def ending(client: Any, *args: P.args, **kwargs: P.kwargs) -> None:
-        shutdown(client, *args, **kwargs)
-        for future in list(client.utility_results.values()):
-            if isinstance(future, asyncio.Future):
+    A call that it leaves without an answer ends with `EngineDeadError`.
+    """
+    try:
+        yield
+    finally:
+        for answer in list(calls.values()):
+            if isinstance(answer, asyncio.Future):
                 with suppress(RuntimeError):  # its loop is closed: nobody waits
-                    future.get_loop().call_soon_threadsafe(partial(_end, future))
+                    answer.get_loop().call_soon_threadsafe(partial(_end, answer))
             else:
-                _end(future)
-
-    return ending
+                _end(answer)
 
 
-def _end(future: asyncio.Future | Future) -> None:
-    if not future.done():
-        future.set_exception(EngineDeadError())
+@asynccontextmanager
+async def answers_calls_async(calls: Mapping[int, Answer]) -> AsyncIterator[None]:
+    """Decorate such a function that is a coroutine."""
+    with answers_calls(calls):
+        yield
+
+
+def _end(answer: Answer) -> None:
+    if not answer.done():
+        answer.set_exception(EngineDeadError())
