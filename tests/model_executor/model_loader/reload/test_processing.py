@@ -70,6 +70,8 @@ class PackingAttention(torch.nn.Module, AttentionLayerBase):
 class DerivingAttention(PackingAttention):
     """Derives a parameter, from the second time on in place, as 0.33's MLA does."""
 
+    derived: torch.nn.Parameter
+
     def process_weights_after_loading(self, act_dtype):
         derived = self.projection.weight.data.T.to(act_dtype)
         if hasattr(self, "derived"):
