@@ -15,6 +15,7 @@ from vllm.model_executor.model_loader.reload.calls import (
 )
 from vllm.model_executor.model_loader.reload.ledger import Box
 from vllm.model_executor.model_loader.reload.recording import FirstLoad, RecordingLoader
+from vllm.model_executor.model_loader.reload.view import View
 
 
 def shard_loader(param, weight, shard, scale=None):
@@ -82,6 +83,35 @@ def test_calls_of_one_loader_may_differ_in_all_but_the_weight():
     noted = [(call, spec) for call, spec, _, _ in notes]
     expected = [LoaderCall.split(args, kwargs) for args, kwargs in calls]
     assert noted == [(call, TensorSpec.of(weight)) for call, weight in expected]
+
+
+def test_what_was_sent_and_views_of_it_are_told_apart():
+    notes, weights = CallNotes(), WatchedWeights()
+    whole = View((2, 2), (2, 1), 0)
+    ones, column = torch.ones(2, 2), torch.ones(3, 4)[:2, :2]
+    sent = [
+        (ones, ones, whole),
+        (ones, ones, whole),
+        (torch.ones(3, 2), torch.ones(3, 2)[1:], None),  # of another tensor
+        (ones, ones, whole),
+        (ones, ones.t(), View((2, 2), (1, 2), 0)),
+        (ones, ones, whole),
+        (column, column, None),  # of a tensor that is none by itself
+        (ones.double(), None, whole),
+        (torch.ones(4, 2), None, View((4, 2), (2, 1), 0)),
+    ]
+    param = torch.zeros(6, 3)
+    for n, (tensor, view, _) in enumerate(sent):
+        for _, current in weights.watch([(str(n), tensor)]):
+            weight = current if view is None else view
+            notes.add((param, weight), dict(expert_id=n), weights)
+    noted = list(notes)
+    assert [view for *_, view in noted] == [view for *_, view in sent]
+    assert [call.named for call, *_ in noted] == [dict(expert_id=n) for n in range(9)]
+    specs = [TensorSpec.of(t if w is None else w) for t, w, _ in sent]
+    assert [spec for _, spec, *_ in noted] == specs
+    assert [s.spec for *_, s, _ in noted if s] == [TensorSpec.of(t) for t, *_ in sent]
+    assert [s.name for *_, s, _ in noted if s] == [str(n) for n in range(9)]
 
 
 def test_a_recorded_loader_looks_like_the_original():
