@@ -98,4 +98,5 @@ def _pairs(commit: Commit) -> set[tuple[Place, Place]]:
 
 
 def _targets(commit: Commit) -> frozenset[Place]:
-    return frozenset(place_of(live) for live, _ in commit.copies)
+    with torch._C.DisableTorchFunction():
+        return frozenset(place_of(live) for live, _ in commit.copies)

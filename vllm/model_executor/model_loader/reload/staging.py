@@ -104,7 +104,7 @@ class StagedTensor:
         """How this sync called the loader."""
         return FirstLoad()
 
-    @cached_property
+    @property
     def key(self) -> tuple[str, str]:
         """Names of its layer and of itself."""
         return self.layer, self.name

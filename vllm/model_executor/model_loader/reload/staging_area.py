@@ -15,6 +15,7 @@ from .recording import FirstLoad
 from .registry import get_layerwise_info
 from .sanitize import restore_layer_refs
 from .staging import StagedLayer, StagedLoader, StagedTensor
+from .types import LayerReloadingInfo
 
 __all__ = ["stage_model"]
 
@@ -53,32 +54,41 @@ class _StagingArea:
         self._tied: dict[int, StagedTensor] = {}
 
     def stage(self, name: str, layer: torch.nn.Module) -> StagedLayer:
-        params, buffers = get_layerwise_info(layer).restore_metadata
+        info = get_layerwise_info(layer)
+        params, buffers = info.restore_metadata
         staged = StagedLayer(name, layer, {}, {}, [])
         for param_name, meta in params.items():
-            self._stage_parameter(staged, param_name, meta)
+            self._stage_parameter(staged, info, param_name, meta)
         for buffer_name, meta in buffers.items():
-            tensor = self._tensor(staged, buffer_name, meta, is_parameter=False)
+            tensor = self._tensor(staged, info, buffer_name, meta, is_parameter=False)
             tensor.initial = layer._buffers.get(buffer_name)
             staged.buffers[buffer_name] = tensor
         return staged
 
     def _stage_parameter(
-        self, staged: StagedLayer, name: str, meta: torch.Tensor
+        self,
+        staged: StagedLayer,
+        info: LayerReloadingInfo,
+        name: str,
+        meta: torch.Tensor,
     ) -> None:
         tensor = self._tied.get(id(meta))
         if tensor is None:
-            tensor = self._tensor(staged, name, meta, is_parameter=True)
-            tensor.initial = get_layerwise_info(staged.layer).created.get(name)
+            tensor = self._tensor(staged, info, name, meta, is_parameter=True)
+            tensor.initial = info.created.get(name)
             self._tied[id(meta)] = tensor
         else:
             tensor.tied = True
         staged.params[name] = tensor
 
     def _tensor(
-        self, staged: StagedLayer, name: str, like: torch.Tensor, is_parameter: bool
+        self,
+        staged: StagedLayer,
+        info: LayerReloadingInfo,
+        name: str,
+        like: torch.Tensor,
+        is_parameter: bool,
     ) -> StagedTensor:
-        info = get_layerwise_info(staged.layer)
         meta = restore_layer_refs(to_meta_tensor(like), staged.layer)
         first_load = info.first_load.get(name)
         if first_load is None:
