@@ -141,11 +141,10 @@ FORMS = {
 }
 
 
-def stage(weights, tensors, copies, in_runs: bool, limit: float):
+def stage(weights, tensors, copies, in_runs: RouteTable | None, limit: float):
     """Stage what has a route; what became of each, and the order of completion."""
     complete: list[StagedTensor] = []
-    rest = (table(tensors), limit) if in_runs else ()
-    planned = PlannedCopies(ROUTES, tensors, complete.append, copies, *rest)
+    planned = PlannedCopies(ROUTES, tensors, complete.append, copies, in_runs, limit)
     refused, place = [], 0
     while place < len(weights):
         before, place = place, planned.take_run(weights, place)
@@ -157,24 +156,34 @@ def stage(weights, tensors, copies, in_runs: bool, limit: float):
     return refused, planned.layers, dict.fromkeys(t.layer for t in complete)
 
 
+@st.composite
+def sent_twice(draw) -> list[list[tuple[str, torch.Tensor]]]:
+    """What a trainer may send in two syncs: the same, or up to some place, or not."""
+    first, other = draw(sent()), draw(sent())
+    kept = draw(st.integers(0, len(first)))
+    return [first, first[:kept] + other[: draw(st.integers(0, len(other)))]]
+
+
 @pytest.mark.parametrize("launch", [None, lambda batches: copy_strided(batches, CPU)])
 @settings(deadline=None)
-@given(sent(), st.sampled_from([0, 64, 1e9]))
-def test_runs_bring_what_single_tensors_bring(launch, weights, limit):
-    results = []
-    for in_runs in (False, True):
-        copies, tensors = Copies(launch), layers()
-        copies.put_off = launch is not None
-        outcome = stage(weights, tensors, copies, in_runs, limit)
-        results.append((outcome, tensors))
-    (one_by_one, expected), (together, got) = results
-    assert together == one_by_one
-    for tensor, other in zip(got, expected):
-        assert tensor.ledger.complete == other.ledger.complete
-        assert tensor.ledger.missing() == other.ledger.missing()
-        assert set(tensor.ledger.written) == set(other.ledger.written)
-        if other.memory is not None:
-            assert torch.equal(tensor.memory, other.memory)
+@given(sent_twice(), st.sampled_from([0, 64, 1e9]))
+def test_runs_bring_what_single_tensors_bring(launch, syncs, limit):
+    known = table(layers())
+    for weights in (*syncs, syncs[0]):
+        results = []
+        for in_runs in (None, known):
+            copies, tensors = Copies(launch), layers()
+            copies.put_off = launch is not None
+            outcome = stage(weights, tensors, copies, in_runs, limit)
+            results.append((outcome, tensors))
+        (one_by_one, expected), (together, got) = results
+        assert together == one_by_one
+        for tensor, other in zip(got, expected):
+            assert tensor.ledger.complete == other.ledger.complete
+            assert tensor.ledger.missing() == other.ledger.missing()
+            assert set(tensor.ledger.written) == set(other.ledger.written)
+            if other.memory is not None:
+                assert torch.equal(tensor.memory, other.memory)
 
 
 def test_a_run_ends_with_its_layer_once_that_is_large_enough():

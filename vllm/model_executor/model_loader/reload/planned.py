@@ -3,19 +3,23 @@
 """Staging tensors along their routes, past the model and its loaders.
 
 n - tensors of a run
+m - those of one kind
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from operator import itemgetter
 
 import numpy as np
 import torch
 
 from .copying import Copies
 from .route import PLAIN_DISPATCH, Route
-from .route_table import Kind, RouteTable
+from .route_table import RouteTable
+from .runs import Named, Part, Run
 from .staging import StagedTensor
 
 __all__ = ["PlannedCopies"]
@@ -54,6 +58,8 @@ class PlannedCopies:
         self.routes = routes
         self.layers: Counter[str | None] = Counter()
         self._table = table or RouteTable({}, {})
+        # A run that does not come again is forgotten.
+        self._known, self._table.runs = self._table.runs, {}
         self._limit = limit
         self._tensors = {tensor.key: tensor for tensor in tensors}
         self._on_complete = on_complete
@@ -87,11 +93,11 @@ class PlannedCopies:
         self.layers[route.copies[0].tensor[0] if route.copies else None] += 1
         return True
 
-    def take_run(self, weights: Sequence[tuple[str, torch.Tensor]], start: int) -> int:
+    def take_run(self, weights: Sequence[Named], start: int) -> int:
         """Stage tensors of a list, up to where a layer may be complete.
 
         Does what `take` does with each of them; the Python that all of them need is run
-        once for each kind. Only what is looked at one by one stands in the loop.
+        once for each kind.
 
         Args:
             weights: names and tensors.
@@ -101,13 +107,37 @@ class PlannedCopies:
             The first that is not staged: one that is another layer's, or for `take`.
 
         """
+        run = self._run_at(weights, start)
+        if run is None:
+            return start
+        stop = start + len(run)
+        self._stage_run(run, weights[start:stop])
+        return stop
+
+    def _run_at(self, weights: Sequence[Named], start: int) -> Run | None:
+        """The run that begins there, as known from the last sync or looked for."""
+        if start == len(weights):
+            return None
+        first, _ = weights[start]
+        run = self._known.get(first)
+        if run is None or not run.is_like(weights, start):
+            numbers = self._numbers_at(weights, start)
+            if not numbers:
+                return None
+            run = Run(self._table, numbers, weights, start)
+        self._table.runs[first] = run
+        return run
+
+    def _numbers_at(self, weights: Sequence[Named], start: int) -> list[int]:
+        """Numbers of the routes of a run that begins there.
+
+        Only what has to be asked of each tensor stands in the loop.
+        """
         number_of, kinds = self._table.numbers.get, self._table.kinds
         numbers: list[int] = []
-        sources: list[int] = []
-        current, size, stop = None, 0, start
-        device = weights[start][1].get_device() if start < len(weights) else -1
-        for stop in range(start, len(weights)):
-            name, tensor = weights[stop]
+        current, size = None, 0
+        device = weights[start][1].get_device()
+        for name, tensor in islice(weights, start, None):
             number = number_of(name)
             if number is None:
                 break
@@ -126,58 +156,40 @@ class PlannedCopies:
                 current = layer
             size += nbytes
             numbers.append(number)
-            sources.append(tensor.data_ptr())
-        else:
-            stop = len(weights)
-        if numbers:
-            self._stage_run(weights[start:stop], np.array(numbers), np.array(sources))
-        return stop
+        return numbers
 
-    def _stage_run(
-        self,
-        weights: Sequence[tuple[str, torch.Tensor]],
-        number_n: np.ndarray,
-        source_n: np.ndarray,
-    ) -> None:
-        """Stage tensors of known routes, which begin at these addresses."""
-        table = self._table
-        source_n = source_n + table.source_R[number_n]
-        kind_n = table.kind_R[number_n]
-        for place in np.unique(kind_n):
-            kind, at = table.distinct[place], np.flatnonzero(kind_n == place)
-            if kind.tensor is None:
-                self.layers[None] += len(at)
-            elif not self._stage_kind(kind, weights, at, number_n, source_n):
-                for i in at:
-                    self.take(*weights[i])
+    def _stage_run(self, run: Run, weights: Sequence[Named]) -> None:
+        begins = map(torch.Tensor.data_ptr, map(itemgetter(1), weights))
+        source_n = np.fromiter(begins, np.int64, len(run)) + run.source_n
+        for part in run.parts:
+            if part.kind.tensor is None:
+                self.layers[None] += len(part.place_m)
+            elif not self._stage_part(part, weights, source_n):
+                for place in part.place_m:
+                    self.take(*weights[place])
 
-    def _stage_kind(
-        self,
-        kind: Kind,
-        weights: Sequence[tuple[str, torch.Tensor]],
-        at: np.ndarray,
-        number_n: np.ndarray,
-        source_n: np.ndarray,
+    def _stage_part(
+        self, part: Part, weights: Sequence[Named], source_n: np.ndarray
     ) -> bool:
         """Stage the tensors of one kind; false if they have to be taken one by one."""
+        kind, place_m, number_m, box_m, target_m = part
         assert kind.tensor is not None and kind.layout is not None
-        staged, table = self._tensors[kind.tensor], self._table
-        numbers = number_n[at]
+        staged = self._tensors[kind.tensor]
         if staged.closed:
             return False
         memory = staged.materialize()
         # All tensors of a run are on one device.
-        if weights[at[0]][1].get_device() != memory.get_device():
+        if weights[0][1].get_device() != memory.get_device():
             return False
-        if not staged.ledger.write_owed(table.box_R[numbers]):
+        if not staged.ledger.write_owed(box_m):
             return False
         if self.copies.can_wait:
-            targets = memory.data_ptr() + table.target_R[numbers]
-            self.copies.add_run(kind.layout, targets, source_n[at])
+            targets = memory.data_ptr() + target_m
+            self.copies.add_run(kind.layout, targets, source_n[place_m])
         else:
-            for number, i in zip(numbers, at):
-                self.copies.add(table.copies[number], weights[i][1], memory)
-        self.layers[kind.layer] += len(at)
+            for number, place in zip(number_m, place_m):
+                self.copies.add(self._table.copies[number], weights[place][1], memory)
+        self.layers[kind.layer] += len(place_m)
         self._note_complete(staged)
         return True
 

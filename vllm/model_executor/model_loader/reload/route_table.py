@@ -17,6 +17,7 @@ from vllm.model_executor.kernels.strided import Strided
 
 from .ledger import Box
 from .route import Copy, Route
+from .runs import Run
 
 __all__ = ["Kind", "Owed", "RouteTable"]
 
@@ -61,6 +62,7 @@ class RouteTable:
         source_R: where it begins to read in a checkpoint's tensor, in bytes, int64.
         target_R: where it begins to write in a layer's, in bytes, int64.
         distinct: each kind once.
+        runs: what the last sync took together, by the name that it began with.
 
     """
 
@@ -72,11 +74,14 @@ class RouteTable:
         self.kinds: list[Kind] = []
         self.copies: list[Copy | None] = []
         self.distinct: list[Kind] = []
+        self.runs: dict[str, Run] = {}
         self.add(routes, owed)
 
     def add(self, routes: Mapping[str, Route], owed: Owed) -> None:
         """Add routes, each in place of an earlier one of its name."""
         rows: list[tuple[int, int, int, int]] = []
+        if routes:
+            self.runs = {}
         for name, route in routes.items():
             self.numbers.pop(name, None)
             row = self._row(route, owed)
