@@ -10,10 +10,13 @@ import torch
 
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import (
+    WeightSyncError,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
+    staging,
 )
+from vllm.model_executor.model_loader.reload.fingerprint import fingerprints
 from vllm.model_executor.model_loader.reload.layerwise import finish_first_load
 
 SIZE = 8
@@ -134,6 +137,41 @@ def test_a_layer_that_serves_as_staged_is_processed_once(process, policy, monkey
         assert model.projection.weight.tolist() == [value] * SIZE
     assert model.projection.weight.data_ptr() == address
     assert times_processed(model) == 1
+
+
+@pytest.fixture
+def summed(monkeypatch) -> list[torch.Tensor]:
+    """Tensors that sums were asked of when their layer was closed."""
+    tensors: list[torch.Tensor] = []
+
+    def note(staged):
+        tensors.extend(tensor for tensor, _ in staged)
+        return fingerprints(staged)
+
+    monkeypatch.setattr(staging, "fingerprints", note)
+    return tensors
+
+
+@pytest.mark.parametrize("process", [keep, wrap, negate, replace])
+def test_only_what_does_not_serve_as_staged_is_summed(process, summed):
+    model = build(process)
+    sync(model, 2.0)
+    assert len(summed) == 1
+    sync(model, 3.0)
+    assert len(summed) == (1 if process in (keep, wrap) else 2)
+
+
+@pytest.mark.parametrize("syncs", [0, 1])
+@pytest.mark.parametrize("process", [keep, negate])
+def test_what_comes_again_is_compared_with_what_serves(process, syncs):
+    model = build(process)
+    for _ in range(syncs):
+        sync(model, 2.0)
+    initialize_layerwise_reload(model)
+    for _ in range(2):
+        model.load_weights([("projection.weight", torch.full((SIZE,), 3.0))])
+    with pytest.raises(WeightSyncError, match="came again with other values"):
+        model.load_weights([("projection.weight", torch.full((SIZE,), 4.0))])
 
 
 @pytest.mark.parametrize("process", [negate, negate_unseen, replace])

@@ -3,7 +3,9 @@
 """What comes again after a commit is compared with what was committed."""
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +21,35 @@ from vllm.model_executor.model_loader.reload.staging import (
 )
 
 
-@pytest.fixture(params=[True, False], ids=["values", "sums"], autouse=True)
-def are_values_kept(request, monkeypatch) -> bool:
-    """Whether a tensor is kept as it is, or as sums of its rows."""
-    if not request.param:
+@pytest.fixture(params=["values", "sums", "serving"], autouse=True)
+def kept(request, monkeypatch) -> str:
+    """What is kept: a tensor as it is, sums of its rows, or nothing, as it serves."""
+    if request.param == "sums":
         monkeypatch.setattr(fingerprint, "_SMALL_BYTES", -1)
     return request.param
 
 
-def committed(values: torch.Tensor, *parts) -> tuple[StagingMode, torch.Tensor]:
-    """A tensor that was written part by part, or as a whole."""
+@pytest.fixture
+def are_values_kept(kept) -> bool:
+    return kept != "sums"
+
+
+Committed = Callable[..., tuple[StagingMode, torch.Tensor]]
+
+
+@pytest.fixture
+def committed(kept) -> Committed:
+    def commit(values: torch.Tensor, *parts: Any) -> tuple[StagingMode, torch.Tensor]:
+        live = torch.stack([values + 1, values])[1]  # in the midst of its memory
+        return committed_to(live if kept == "serving" else None, values, *parts)
+
+    return commit
+
+
+def committed_to(
+    live: torch.Tensor | None, values: torch.Tensor, *parts: Any
+) -> tuple[StagingMode, torch.Tensor]:
+    """A tensor that was written part by part, or as a whole, and may serve."""
     meta = torch.empty_like(values, device="meta")
     ledger = Ledger([Box.whole(values.shape)])
     device = torch.device("cpu")
@@ -37,7 +58,8 @@ def committed(values: torch.Tensor, *parts) -> tuple[StagingMode, torch.Tensor]:
     with mode:
         for part in parts or [()]:
             meta[part].copy_(values[part])
-    close([tensor])
+    close([tensor], {} if live is None else {id(tensor.memory): live})
+    mode.forget(tensor)
     return mode, meta
 
 
@@ -63,33 +85,33 @@ ROWS = [(e, i) for e in (0, 1) for i in range(4)]
         (ROWS, (0, slice(1, 3))),
     ],
 )
-def test_equal_is_ignored(parts, index):
+def test_equal_is_ignored(parts, index, committed):
     mode, meta = committed(VALUES, *parts)
     with mode:
         meta[index].copy_(VALUES[index])
 
 
-def test_equal_vectors_are_ignored():
+def test_equal_vectors_are_ignored(committed):
     mode, meta = committed(VALUES[0, 0])
     with mode:
         meta.copy_(VALUES[0, 0])
 
 
-def test_parts_of_what_was_written_together_have_no_sum(are_values_kept):
+def test_parts_of_what_was_written_together_have_no_sum(are_values_kept, committed):
     mode, meta = committed(VALUES, *HALVES)
     with nullcontext() if are_values_kept else IN_PART, mode:
         meta[1, 1:3].copy_(VALUES[1, 1:3])
 
 
 @pytest.mark.parametrize("parts", [[()], EXPERTS, HALVES, ROWS])
-def test_rows_that_change_places_are_refused(parts):
+def test_rows_that_change_places_are_refused(parts, committed):
     mode, meta = committed(VALUES, *parts)
     with mode, pytest.raises(WeightSyncError, match="other values"):
         meta[0].copy_(VALUES[0, [1, 0, 2, 3]])
 
 
 @pytest.mark.parametrize("byte", range(VALUES.nbytes))
-def test_any_changed_byte_is_refused(byte):
+def test_any_changed_byte_is_refused(byte, committed):
     mode, meta = committed(VALUES)
     other = VALUES.clone()
     other.view(-1).view(torch.uint8)[byte] ^= 1
@@ -98,36 +120,45 @@ def test_any_changed_byte_is_refused(byte):
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
-def test_swapped_order_is_refused(dim):
+def test_swapped_order_is_refused(dim, committed):
     mode, meta = committed(VALUES)
     with mode, pytest.raises(WeightSyncError, match="other values"):
         meta.copy_(VALUES.flip(dim))
 
 
-def test_parts_of_rows_are_refused():
+def test_parts_of_rows_have_no_sum(kept, committed):
     values = torch.arange(1 << 15).float().reshape(2, 4, -1)
     mode, meta = committed(values)
-    with mode, pytest.raises(WeightSyncError, match="in part"):
+    with nullcontext() if kept == "serving" else IN_PART, mode:
         meta[:, :, :2].copy_(values[:, :, :2])
 
 
-def test_an_equal_scalar_of_a_small_tensor_is_ignored(are_values_kept):
+def test_an_equal_scalar_of_a_small_tensor_is_ignored(are_values_kept, committed):
     mode, meta = committed(torch.tensor([[1.0, 2.0]]))
     with nullcontext() if are_values_kept else IN_PART, mode:
         meta[0][0].copy_(torch.tensor(1.0))
 
 
-def test_other_scalar_over_zero_is_refused():
+def test_other_scalar_over_zero_is_refused(committed):
     mode, meta = committed(torch.tensor([[5.0, 0.0]]))
     with mode, pytest.raises(WeightSyncError):
         meta[0][1].copy_(torch.tensor(5.0))
 
 
-def test_other_values_through_a_square_transpose_are_refused():
+def test_other_values_through_a_square_transpose_are_refused(committed):
     values = torch.arange(16.0).reshape(4, 4)
     mode, meta = committed(values)
     with mode, pytest.raises(WeightSyncError):
         meta.t().copy_(values)
+
+
+def test_what_serves_with_other_strides_is_not_asked():
+    values = torch.arange(16.0).reshape(4, 4)
+    mode, meta = committed_to(values.t().contiguous().t(), values)
+    with mode:
+        meta.copy_(values)
+        with pytest.raises(WeightSyncError, match="other values"):
+            meta.copy_(values.t())
 
 
 def test_a_matrix_product_wraps_as_a_sum_does():

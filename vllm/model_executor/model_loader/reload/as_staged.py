@@ -23,7 +23,29 @@ from .processing import is_processed, pair_layer, prepare_as_staged, process_lay
 from .registry import get_layerwise_info
 from .staging import StagedLayer
 
-__all__ = ["prepare_commit_of"]
+__all__ = ["commit_as_staged", "prepare_commit_of"]
+
+
+def commit_as_staged(staged: StagedLayer) -> Commit | None:
+    """Pair a layer that is known to serve what is staged with the one that serves.
+
+    Args:
+        staged: the layer, complete and not exposed.
+
+    Returns:
+        None if something is made of its tensors, or nobody knows.
+
+    """
+    if not is_processed(staged.layer):
+        return _prepare_as_staged(staged)
+    info = get_layerwise_info(staged.layer)
+    if not info.as_staged:
+        return None
+    commit = _prepare_as_staged(staged)
+    if _targets(commit) == info.as_staged:
+        return commit
+    info.as_staged = None
+    return None
 
 
 def prepare_commit_of(staged: StagedLayer, renew: bool = False) -> Commit:
@@ -34,16 +56,12 @@ def prepare_commit_of(staged: StagedLayer, renew: bool = False) -> Commit:
         renew: see `process_layer`.
 
     """
-    info = get_layerwise_info(staged.layer)
     if renew:
         return pair_layer(staged, process_layer(staged, renew=True), renew=True)
-    if not is_processed(staged.layer):
-        return _prepare_as_staged(staged)
-    if info.as_staged:
-        commit = _prepare_as_staged(staged)
-        if _targets(commit) == info.as_staged:
-            return commit
-        info.as_staged = None
+    commit = commit_as_staged(staged)
+    if commit is not None:
+        return commit
+    info = get_layerwise_info(staged.layer)
     if info.as_staged is not None:
         return pair_layer(staged, process_layer(staged))
     watch = _ProcessingWatch(staged)

@@ -13,7 +13,7 @@ import torch
 import vllm.envs as envs
 from vllm.config import ModelConfig
 
-from .as_staged import prepare_commit_of
+from .as_staged import commit_as_staged, prepare_commit_of
 from .bitwise import same_bytes
 from .commit import Commit, Place, place_of
 from .errors import Finding, WeightSyncError
@@ -102,21 +102,34 @@ class Committer:
     def commit(self, layers: Sequence[StagedLayer]) -> None:
         """Commit those of these layers that may be served; the others stay open."""
         with self._aside():
-            for layer in self._close(layers):
-                self._apply(layer, self._prepare(layer))
+            good = self._servable(layers)
+            as_staged = self._close(good)
+            for layer in good:
+                self._apply(layer, self._prepare(layer, as_staged.pop(layer, None)))
 
     def unservable(self, layers: Sequence[StagedLayer]) -> list[Finding]:
         """What is staged of these layers and must not be served."""
         with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
             return unservable(layers)
 
-    def _close(self, layers: Sequence[StagedLayer]) -> list[StagedLayer]:
-        """Take no more writes to those that may be served; return these."""
+    def _servable(self, layers: Sequence[StagedLayer]) -> list[StagedLayer]:
         refused = {finding.layer for finding in self.unservable(layers)}
-        good = [layer for layer in layers if layer.name not in refused]
-        with self._times.checking.on(*good), torch._C.DisableTorchFunction():
-            close([tensor for layer in good for tensor in layer.tensors])
-        return good
+        return [layer for layer in layers if layer.name not in refused]
+
+    def _close(self, layers: Sequence[StagedLayer]) -> dict[StagedLayer, Commit | None]:
+        """Take no more writes to layers.
+
+        Returns:
+            The commits of those that serve their tensors as they are staged.
+
+        """
+        with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
+            known = () if self._reload.lost else layers
+            commits = {layer: commit_as_staged(layer) for layer in known}
+            copies = [c for commit in commits.values() if commit for c in commit.copies]
+            serving = {id(new): live for live, new in copies}
+            close([tensor for layer in layers for tensor in layer.tensors], serving)
+        return commits
 
     def finish(
         self, layers: Sequence[StagedLayer], model_config: ModelConfig | None
@@ -183,9 +196,11 @@ class Committer:
         if self._rollback is not None:
             self._rollback.clear()
 
-    def _prepare(self, layer: StagedLayer) -> Commit:
+    def _prepare(self, layer: StagedLayer, commit: Commit | None = None) -> Commit:
+        """Return a layer's commit, made now if it was not, once it is checked."""
         with self._times.committing.on(layer):
-            commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
+            if commit is None:
+                commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
             with torch._C.DisableTorchFunction():
                 self._check_shared(commit)
         return commit

@@ -2,11 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Sums that tell whether a tensor that comes again is the one that came before.
 
-Once a layer is committed its staging is gone, and the tensors that serve may have been
-repacked. To tell a repeated tensor from a changed one, 64 bits are kept of the rows
-that were written together: the bytes of each, as little-endian integers b[i], summed as
-b[i] * m[i] modulo 2**64, and the sums of the rows summed in the same way. Multipliers
-m[i] are odd, so that any single changed byte changes the sum.
+Once a layer is committed its staging is gone. Tensors that serve as they were staged
+tell what was sent, but they may have been repacked. To tell a repeated tensor from a
+changed one, 64 bits are then kept of the rows that were written together: the bytes of
+each, as little-endian integers b[i], summed as b[i] * m[i] modulo 2**64, and the sums
+of the rows summed in the same way. Multipliers m[i] are odd, so that any single changed
+byte changes the sum.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _SMALL_BYTES = 1 << 16
 
 
 class Fingerprint:
-    """What was staged of one tensor: its values if small, else sums of its rows.
+    """What was staged of one tensor: its values if somebody keeps them, or else sums.
 
     Args:
-        values: all of it, or None.
+        values: all of it, which nobody changes; or None.
         together: how many rows are summed to one.
         sums: otherwise, [..., rows / together].
 
@@ -49,6 +50,11 @@ class Fingerprint:
         self._values = values
         self._together = together
         self._sums = sums
+
+    @classmethod
+    def kept_in(cls, tensor: torch.Tensor) -> Fingerprint:
+        """That of a tensor whose values will not change."""
+        return cls(tensor.detach(), 1, None)
 
     def check(self, tensor: StagedTensor, view: torch.Tensor, source: object) -> None:
         """Compare `source`, about to be written to `view`, with what was committed.
@@ -84,6 +90,7 @@ class Fingerprint:
     ) -> bool:
         assert self._values is not None
         offset = view.storage_offset() - tensor.meta.storage_offset()
+        offset += self._values.storage_offset()
         kept = self._values.as_strided(view.shape, view.stride(), offset)
         return same_bytes(kept, came)
 
@@ -122,7 +129,7 @@ def fingerprints(
     return [
         Fingerprint(None, large[i][1], sums[i])
         if i in large
-        else Fingerprint(tensor.clone(), 1, None)
+        else Fingerprint.kept_in(tensor.clone())
         for i, tensor in enumerate(tensors)
     ]
 

@@ -10,7 +10,7 @@ write past their loaders are staged all the same, and nothing is kept of a calle
 tensor.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, update_wrapper
@@ -155,17 +155,27 @@ class StagedTensor:
         return WeightSyncError("weight sync refused a tensor", invalid=[finding])
 
 
-def close(tensors: Iterable[StagedTensor]) -> None:
+def close(
+    tensors: Iterable[StagedTensor], serving: Mapping[int, torch.Tensor] | None = None
+) -> None:
     """Take no more writes; what comes again must equal what was staged.
 
     Args:
         tensors: of one device.
+        serving: by the identity of a tensor's memory, what will hold its values until
+            the end of the sync, if anything does.
 
     """
     tensors = [tensor for tensor in tensors if not tensor.closed]
-    written = [tensor for tensor in tensors if tensor.written]
-    sealed = fingerprints([(t.materialize(), t.ledger) for t in written])
-    for tensor, seal in zip(written, sealed):
+    unkept: list[StagedTensor] = []
+    for tensor in (t for t in tensors if t.written):
+        live = (serving or {}).get(id(tensor.memory))
+        if live is not None and live.stride() == tensor.meta.stride():
+            tensor.sealed = Fingerprint.kept_in(live)
+        else:
+            unkept.append(tensor)
+    sealed = fingerprints([(t.materialize(), t.ledger) for t in unkept])
+    for tensor, seal in zip(unkept, sealed):
         tensor.sealed = seal
     for tensor in tensors:
         tensor.closed = True
