@@ -103,7 +103,7 @@ class Series:
         Raises:
             EditError: An edit does not fit the base.
             SeriesError: A file or an entry is left over, or a file outside the package
-                would replace one of the base's.
+                would replace one of the base's, where nobody moved it to.
         """
         paths = checkout_files(root)
         self.check(paths)
@@ -125,7 +125,7 @@ class Series:
             for path in paths
             if not path.startswith("overlay/edits/")
         }
-        for path in files:
+        for path in files.keys() - self.moved.values():  # others are placed by hand
             if not path.startswith("vllm/") and read_base(path) is not None:
                 raise SeriesError(f"{path}: the base has its own; name it in `stays`")
         return files

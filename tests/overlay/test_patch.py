@@ -175,6 +175,14 @@ def test_a_file_outside_the_package_replaces_nothing(source, repository, tmp_pat
         write_patches(source, "0.33.0", tmp_path / "out", repository.root)
 
 
+def test_a_file_that_is_moved_there_replaces_one(source, repository, fresh, tmp_path):
+    moved = SERIES.replace("docs/training/added.md", "tests/conftest.py")
+    repository.write("overlay/upstream.toml", moved)
+    write_patches(source, "0.33.0", tmp_path / "out", repository.root)
+    apply(fresh, tmp_path / "out")
+    assert (fresh / "tests/conftest.py").read_text() == "# Added to the fork\n"
+
+
 def test_a_patch_that_changes_nothing_is_refused(source, repository, tmp_path):
     repository.write("vllm/new/added.py", "")
     repository.write("vllm/kept.py", SOURCE_FILES["vllm/kept.py"])
