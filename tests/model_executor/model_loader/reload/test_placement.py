@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Experts that load balancing has moved get their own weights, wherever they are."""
 
+from collections.abc import Callable, Iterable
+
+import pytest
 import torch
 
 from tests.checkpoints import CASES, Case
@@ -29,8 +32,17 @@ def move_experts(model: torch.nn.Module, layer: int, places: list[int]) -> None:
     owner.eplb_state = state
 
 
-def sync(built: Built, case: Case, seed: int) -> int:
-    """Sync all tensors of a seed; return how many went by plan."""
+@pytest.fixture(params=[list, iter], ids=["list", "iterator"])
+def sync(request) -> Callable[[Built, Case, int], int]:
+    """Sync all tensors of a seed, as both are sent; return how many went by plan."""
+
+    def sync(built: Built, case: Case, seed: int) -> int:
+        return sync_by_plan(built, request.param(case.tensors(seed)))
+
+    return sync
+
+
+def sync_by_plan(built: Built, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
     model, vllm_config = built
     with built.worker_context():
         initialize_layerwise_reload(model)
@@ -38,7 +50,7 @@ def sync(built: Built, case: Case, seed: int) -> int:
         assert reload is not None
         transaction = reload.transaction
         assert isinstance(transaction, ReloadTransaction)
-        model.load_weights(case.tensors(seed))
+        model.load_weights(weights)
         finalize_layerwise_reload(model, vllm_config.model_config)
     return transaction._planned.taken
 
@@ -59,7 +71,7 @@ def assert_placed(built: Built, cold: Built, layer: int, places: list[int]) -> N
         assert torch.equal(bits, expected[name].view(torch.uint8)), name
 
 
-def test_an_expert_goes_to_the_place_where_it_is_now(make_model):
+def test_an_expert_goes_to_the_place_where_it_is_now(make_model, sync):
     built, cold = make_model(CASE, seed=1), make_model(CASE, seed=2)
     count = CASE.sizes.experts
     here, moved = list(range(count)), [*range(1, count), 0]
@@ -70,7 +82,7 @@ def test_an_expert_goes_to_the_place_where_it_is_now(make_model):
     assert_placed(built, cold, 1, moved)
 
 
-def test_a_plan_lasts_until_experts_move(make_model):
+def test_a_plan_lasts_until_experts_move(make_model, sync):
     built, cold = make_model(CASE, seed=1), make_model(CASE, seed=2)
     count = CASE.sizes.experts
     move_experts(built.model, 1, [*range(1, count), 0])

@@ -127,10 +127,10 @@ class ReloadTransaction:
 
     def _planned_copies(self, plan: Plan) -> PlannedCopies:
         tensors = list(self._layers_of)
-        routes, table = {}, None
-        if envs.VLLM_RELOAD_PLAN:
-            routes = plan.routes_for(self._layout)
-            table = plan.table_for({t.key: t.ledger.numbers for t in tensors})
+        routes = plan.routes_for(self._layout) if envs.VLLM_RELOAD_PLAN else {}
+        # Experts that have moved owe the same boxes, and have no routes.
+        owed = {t.key: t.ledger.numbers for t in tensors}
+        table = plan.table_for(owed) if routes else None
         devices = {tensor.device for tensor in tensors}
         copies = Copies(batch_launcher(devices.pop()) if len(devices) == 1 else None)
         touch, limit = self._mode.touch, self._ready.limit
