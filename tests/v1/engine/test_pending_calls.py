@@ -3,7 +3,7 @@
 """Who waits for an engine core that dies, or that is shut down, is told so."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,10 +21,17 @@ from vllm.v1.engine.core_client import (
     SyncMPClient,
 )
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.pending_calls import answers_calls
+from vllm.v1.engine.pending_calls import ends_calls_after
 
 ANSWERS = "inproc://answers"
 SECONDS = 10
+
+
+class Undecodable:
+    """A decoder that no answer suits."""
+
+    def decode(self, frames: Any) -> Any:
+        raise ValueError("not an answer")
 
 
 class Core:
@@ -41,12 +48,17 @@ class Core:
         client.resources = BackgroundResources(ctx=self._context)
         client.resources.output_socket = context.socket(zmq.PULL)
         client.resources.output_socket.connect(ANSWERS)
-        client.decoder = None
+        client.decoder = Undecodable()
+        client.encoder = SimpleNamespace(encode=lambda request: [b""])
         client.utility_results = {}
+        client.core_engine, client.client_index = b"", 0
+
+    def answer(self, message: bytes) -> None:
+        self._socket.send(message)
 
     def die(self) -> None:
         """Say what a core says last."""
-        self._socket.send(EngineCoreProc.ENGINE_CORE_DEAD)
+        self.answer(EngineCoreProc.ENGINE_CORE_DEAD)
 
     def close(self) -> None:
         self._socket.close(linger=0)
@@ -94,37 +106,68 @@ def reading(core, context, monkeypatch) -> Iterator[SyncMPClient]:
     client.output_queue_thread.join(SECONDS)
 
 
-def end_of(call: Future) -> BaseException | None:
-    return call.exception(SECONDS)
+ENDS: dict[str, Callable[[Core, MPClient], None]] = {
+    "the core dies": lambda core, client: core.die(),
+    "an answer makes no sense": lambda core, client: core.answer(b"?"),
+    "the client is shut down": lambda core, client: client.resources(),
+}
 
 
-@pytest.mark.parametrize("end", ["dies", "is shut down"])
-def test_a_call_of_a_server_ends_with_its_core(core, context, end):
+@pytest.mark.parametrize("end", ENDS)
+def test_a_call_of_a_server_ends_with_its_reader(core, context, end):
     async def call() -> None:
         with reading_async(core, context) as client:
-            answer = asyncio.get_running_loop().create_future()
-            client.utility_results[7] = answer
             await asyncio.sleep(0)  # the reader waits for its socket
-            core.die() if end == "dies" else client.resources()
-            await asyncio.wait_for(answer, SECONDS)
+            answer = client.utility_results[7] = asyncio.Future()
+            ENDS[end](core, client)
+            with pytest.raises(EngineDeadError):
+                await asyncio.wait_for(answer, SECONDS)
+            with pytest.raises(EngineDeadError):  # one that comes late
+                await asyncio.wait_for(client.call_utility_async("late"), SECONDS)
 
+    asyncio.run(call())
+
+
+def test_a_call_ends_with_a_reader_that_never_began(core, context):
+    async def call() -> None:
+        with reading_async(core, context) as client:
+            answer = client.utility_results[7] = asyncio.Future()
+            client.resources()
+            with pytest.raises(EngineDeadError):
+                await asyncio.wait_for(answer, SECONDS)
+
+    asyncio.run(call())
+
+
+def test_a_reader_is_started_once(core, context):
+    async def call() -> None:
+        with reading_async(core, context) as client:
+            reader = client.resources.output_queue_task
+            client._ensure_output_queue_task()
+            assert client.resources.output_queue_task is reader
+
+    asyncio.run(call())
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_call_without_a_loop_ends_with_its_reader(core, reading, end):
+    answer = reading.utility_results[7] = Future()
+    ENDS[end](core, reading)
+    assert isinstance(answer.exception(SECONDS), EngineDeadError)
     with pytest.raises(EngineDeadError):
-        asyncio.run(call())
+        reading.call_utility("late")
 
 
-@pytest.mark.parametrize("end", ["dies", "is shut down"])
-def test_a_call_without_a_loop_ends_with_its_core(core, reading, end):
-    answer: Future = Future()
-    reading.utility_results[7] = answer
-    core.die() if end == "dies" else reading.resources()
-    assert isinstance(end_of(answer), EngineDeadError)
+def ended(*answers: Any) -> None:
+    """Have the reader of these answers end."""
+    with ends_calls_after(SimpleNamespace(), dict(enumerate(answers))):
+        pass
 
 
 def test_a_call_that_was_answered_stays_so():
     answer: Future = Future()
     answer.set_result(7)
-    with answers_calls({0: answer}):
-        pass
+    ended(answer)
     assert answer.result(0) == 7
 
 
@@ -132,5 +175,4 @@ def test_a_call_whose_loop_is_gone_is_nobodys():
     async def made() -> asyncio.Future:
         return asyncio.get_running_loop().create_future()
 
-    with answers_calls({0: asyncio.run(made())}):
-        pass
+    ended(asyncio.run(made()))

@@ -2,46 +2,64 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Calls to an engine core end with an error when nobody reads its answers any more.
 
-The reader of answers ends when the engine core says that it dies, and when the client
-is shut down. A call that is still open, such as that to the commit of a weight update,
-would wait for ever, and with it the server, which ends after its open requests.
+The reader of answers ends when the engine core says that it dies, when an answer makes
+no sense, and when the client is shut down. A call that is still open, such as that to
+the commit of a weight update, would wait for ever, and with it the server, which ends
+after its open requests. A later call is refused.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
+from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-__all__ = ["answers_calls", "answers_calls_async"]
+__all__ = ["ends_calls_after", "ends_calls_with_its_task"]
 
 Answer = asyncio.Future | Future
 
 
-@contextmanager
-def answers_calls(calls: Mapping[int, Answer]) -> Iterator[None]:
-    """Decorate the function that reads the answers to these calls until it ends.
+def ends_calls_with_its_task(ensure_reader: Callable[[Any], None]) -> Callable:
+    """Wrap what starts the task that reads a client's answers, once there is a loop."""
 
-    A call that it leaves without an answer ends with `EngineDeadError`.
+    @wraps(ensure_reader)
+    def ensure(client: Any) -> None:
+        resources = client.resources
+        is_first = resources.output_queue_task is None
+        ensure_reader(client)
+        if is_first:
+            end = partial(_end_calls, resources, client.utility_results)
+            resources.output_queue_task.add_done_callback(lambda _: end())
+
+    return ensure
+
+
+@contextmanager
+def ends_calls_after(resources: Any, calls: Mapping[int, Answer]) -> Iterator[None]:
+    """Decorate the function with which a thread reads a client's answers.
+
+    Args:
+        resources: the client's, which say whether the engine is dead.
+        calls: what waits for answers, by number.
+
     """
     try:
         yield
     finally:
-        for answer in list(calls.values()):
-            if isinstance(answer, asyncio.Future):
-                with suppress(RuntimeError):  # its loop is closed: nobody waits
-                    answer.get_loop().call_soon_threadsafe(partial(_end, answer))
-            else:
-                _end(answer)
+        _end_calls(resources, calls)
 
 
-@asynccontextmanager
-async def answers_calls_async(calls: Mapping[int, Answer]) -> AsyncIterator[None]:
-    """Decorate such a function that is a coroutine."""
-    with answers_calls(calls):
-        yield
+def _end_calls(resources: Any, calls: Mapping[int, Answer]) -> None:
+    resources.engine_dead = True
+    for answer in list(calls.values()):
+        if isinstance(answer, asyncio.Future):
+            with suppress(RuntimeError):  # its loop is closed: nobody waits
+                answer.get_loop().call_soon_threadsafe(partial(_end, answer))
+        else:
+            _end(answer)
 
 
 def _end(answer: Answer) -> None:
