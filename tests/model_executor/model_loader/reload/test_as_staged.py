@@ -13,6 +13,7 @@ from vllm.model_executor.model_loader.reload import (
     WeightSyncError,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
+    mark_inconsistent,
     record_metadata_for_reloading,
     staging,
 )
@@ -172,6 +173,66 @@ def test_what_comes_again_is_compared_with_what_serves(process, syncs):
         model.load_weights([("projection.weight", torch.full((SIZE,), 3.0))])
     with pytest.raises(WeightSyncError, match="came again with other values"):
         model.load_weights([("projection.weight", torch.full((SIZE,), 4.0))])
+
+
+class Pair(torch.nn.Module):
+    """Two small layers, which are committed together."""
+
+    def __init__(self, process):
+        super().__init__()
+        self.first, self.second = Projection(process), Projection(process)
+        self.first.register_buffer("table", torch.arange(4.0))
+        large = self.large = Projection(lambda layer: None)
+        large.weight = torch.nn.Parameter(torch.zeros(200 * SIZE), requires_grad=False)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            getattr(self, name).weight.data.copy_(tensor)
+
+
+def pair(value: float) -> list[tuple[str, torch.Tensor]]:
+    first, second = torch.full((2, SIZE), value)
+    return [("first", first), ("second", second + 1)]
+
+
+@pytest.fixture(params=[keep, negate])
+def loaded_pair(request) -> Pair:
+    model = Pair(request.param)
+    record_metadata_for_reloading(model)
+    model.load_weights([*pair(1.0), ("large", torch.ones(200 * SIZE))])
+    finish_first_load(model)
+    for layer in (model.first, model.second):
+        request.param(layer)
+    return model
+
+
+def test_each_of_a_group_is_compared_with_itself(loaded_pair):
+    config: Any = SimpleNamespace(dtype=torch.float32)
+    for value in (2.0, 3.0):
+        initialize_layerwise_reload(loaded_pair)
+        for _ in range(2):
+            loaded_pair.load_weights(pair(value))
+        finalize_layerwise_reload(loaded_pair, config)
+    initialize_layerwise_reload(loaded_pair)
+    loaded_pair.load_weights(pair(4.0))
+    with pytest.raises(WeightSyncError, match="came again with other values"):
+        loaded_pair.load_weights([("first", torch.full((SIZE,), 5.0))])
+
+
+def test_after_weights_were_lost_what_is_not_sent_is_made_anew(loaded_pair):
+    config: Any = SimpleNamespace(dtype=torch.float32)
+    table: Any = loaded_pair.first.table
+    for value in (2.0, 3.0):
+        initialize_layerwise_reload(loaded_pair)
+        loaded_pair.load_weights([*pair(value), ("large", torch.ones(200 * SIZE))])
+        finalize_layerwise_reload(loaded_pair, config)
+        mark_inconsistent(loaded_pair, "slept")
+        table.fill_(9)
+    initialize_layerwise_reload(loaded_pair)
+    loaded_pair.load_weights([*pair(4.0), ("large", torch.ones(200 * SIZE))])
+    finalize_layerwise_reload(loaded_pair, config)
+    assert loaded_pair.first.table is table
+    assert table.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("process", [negate, negate_unseen, replace])

@@ -119,6 +119,19 @@ def test_any_changed_byte_is_refused(byte, committed):
         meta.copy_(other)
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 12, 60, 1 << 20])
+@pytest.mark.parametrize("byte", [None, 0, 50, VALUES.nbytes - 1])
+def test_every_part_is_compared(byte, chunk_bytes, committed, monkeypatch):
+    monkeypatch.setattr(fingerprint, "_chunk_bytes", lambda device: chunk_bytes)
+    mode, meta = committed(VALUES)
+    other = VALUES.clone()
+    if byte is not None:
+        other.view(-1).view(torch.uint8)[byte] ^= 1
+    refused = pytest.raises(WeightSyncError, match="other values")
+    with nullcontext() if byte is None else refused, mode:
+        meta.copy_(other)
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_swapped_order_is_refused(dim, committed):
     mode, meta = committed(VALUES)

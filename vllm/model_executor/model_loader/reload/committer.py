@@ -105,7 +105,8 @@ class Committer:
             good = self._servable(layers)
             as_staged = self._close(good)
             for layer in good:
-                self._apply(layer, self._prepare(layer, as_staged.pop(layer, None)))
+                commit = as_staged.pop(layer, None)  # which holds staged memory
+                self._apply(layer, self._prepare(layer, commit))
 
     def unservable(self, layers: Sequence[StagedLayer]) -> list[Finding]:
         """What is staged of these layers and must not be served."""

@@ -58,8 +58,8 @@ class PlannedCopies:
         self.routes = routes
         self.layers: Counter[str | None] = Counter()
         self._table = table or RouteTable({}, {})
-        # A run that does not come again is forgotten.
-        self._known, self._table.runs = self._table.runs, {}
+        # One that does not come again is forgotten.
+        self._known = self._table.take_runs()
         self._limit = limit
         self._tensors = {tensor.key: tensor for tensor in tensors}
         self._on_complete = on_complete

@@ -117,6 +117,11 @@ class RouteTable:
         kind = Kind(spec.shape, spec.dtype, layer, nbytes, copy.tensor, layout)
         return kind, number, copy.source_bytes, copy.target_bytes
 
+    def take_runs(self) -> dict[str, Run]:
+        """Return the runs of the last sync, and keep none of them."""
+        taken, self.runs = self.runs, {}
+        return taken
+
     def fits(self, owed: Owed) -> bool:
         """Whether the same boxes are owed, by the same numbers."""
         return all(

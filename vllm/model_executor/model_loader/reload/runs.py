@@ -4,7 +4,8 @@
 
 Trainers send the same tensors in the same order, sync after sync. So what follows from
 their names and routes is kept with a run, and whether tensors are like those of then
-torch tells of all of them in one call.
+torch tells of all of them in one call. A list that has one tensor under two names it
+never takes for what came before; such a run is looked at anew each time.
 
 n - tensors of a run
 m - those of one kind

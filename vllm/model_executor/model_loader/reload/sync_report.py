@@ -81,7 +81,7 @@ class SyncTimes:
     """When a sync did what.
 
     Attributes:
-        checking: time for the sums of what was staged, and its scales.
+        checking: time for scales, and what tells a tensor that comes again.
         committing: time for processing layers and putting them into service.
         started: when the sync began, as `time.perf_counter` has it.
         waiting: seconds between the calls of whoever sends the weights.
@@ -187,7 +187,7 @@ class LayerReport:
         through_loaders: tensors that the layer's loaders were given.
         bytes: what was written of the layer on this rank, in checkpoint format.
         receiving_seconds: from the first write to the last, pauses included.
-        checking_seconds: for the sums of what was staged, and its scales.
+        checking_seconds: for scales, and what tells a tensor that comes again.
         committing_seconds: for processing it and putting it into service.
         committed_at: when it began to serve, in seconds from the start of the sync;
             None if it did not.
@@ -228,7 +228,7 @@ class SyncReport:
         bytes: what was written on this rank, in checkpoint format.
         seconds: from the start of the sync to its end.
         waiting_seconds: those of them between the calls of whoever sends the weights.
-        checking_seconds: for the sums of what was staged, and its scales.
+        checking_seconds: for scales, and what tells a tensor that comes again.
         committing_seconds: for processing layers and putting them into service.
         pause_seconds: from when no request can run to the end: from the call that
             finishes the sync, or the first committed layer if that is earlier.
