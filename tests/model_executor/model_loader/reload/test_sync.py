@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """After a good sync a model is bit-identical to a cold load, on every architecture."""
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.checkpoints import CASES
@@ -12,7 +14,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 # An iterator is staged one by one, a list in runs, and the next one in those runs.
-SENT = ((2, iter), (3, list), (2, list))
+SENT: tuple[tuple[int, Callable], ...] = ((2, iter), (3, list), (2, list))
 
 
 @pytest.mark.parametrize("policy", ["layer", "model"])
