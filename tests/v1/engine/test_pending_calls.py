@@ -118,7 +118,8 @@ def test_a_call_of_a_server_ends_with_its_reader(core, context, end):
     async def call() -> None:
         with reading_async(core, context) as client:
             await asyncio.sleep(0)  # the reader waits for its socket
-            answer = client.utility_results[7] = asyncio.Future()
+            answer: asyncio.Future = asyncio.Future()
+            client.utility_results[7] = answer
             ENDS[end](core, client)
             with pytest.raises(EngineDeadError):
                 await asyncio.wait_for(answer, SECONDS)
@@ -131,7 +132,8 @@ def test_a_call_of_a_server_ends_with_its_reader(core, context, end):
 def test_a_call_ends_with_a_reader_that_never_began(core, context):
     async def call() -> None:
         with reading_async(core, context) as client:
-            answer = client.utility_results[7] = asyncio.Future()
+            answer: asyncio.Future = asyncio.Future()
+            client.utility_results[7] = answer
             client.resources()
             with pytest.raises(EngineDeadError):
                 await asyncio.wait_for(answer, SECONDS)
@@ -151,7 +153,8 @@ def test_a_reader_is_started_once(core, context):
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_call_without_a_loop_ends_with_its_reader(core, reading, end):
-    answer = reading.utility_results[7] = Future()
+    answer: Future = Future()
+    reading.utility_results[7] = answer
     ENDS[end](core, reading)
     assert isinstance(answer.exception(SECONDS), EngineDeadError)
     with pytest.raises(EngineDeadError):
