@@ -100,6 +100,20 @@ def test_a_sync_knows_the_runs_of_the_last_one():
     ]
 
 
+class Walked(list):
+    """A list that must not be walked from its start to a place in its midst."""
+
+    def __iter__(self):
+        raise AssertionError("walked")
+
+
+@pytest.mark.parametrize("names", ["??a", "??b", "????"])
+def test_a_place_in_a_long_list_costs_what_the_first_does(names):
+    planned = PlannedCopies(ROUTES, [], lambda _: None, None, RouteTable(ROUTES, {}))
+    sent = Walked(weights(names))
+    assert planned.take_run(sent, 2) == (2 if names == "????" else 3)
+
+
 def test_a_run_that_was_not_sent_again_is_forgotten():
     table = RouteTable(ROUTES, {})
     sync(table, weights("ab"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from operator import itemgetter
 
 import numpy as np
@@ -137,7 +136,8 @@ class PlannedCopies:
         numbers: list[int] = []
         current, size = None, 0
         device = weights[start][1].get_device()
-        for name, tensor in islice(weights, start, None):
+        for place in range(start, len(weights)):
+            name, tensor = weights[place]
             number = number_of(name)
             if number is None:
                 break
