@@ -11,7 +11,7 @@ after its open requests. A later call is refused.
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -31,8 +31,9 @@ def ends_calls_with_its_task(ensure_reader: Callable[[Any], None]) -> Callable:
         is_first = resources.output_queue_task is None
         ensure_reader(client)
         if is_first:
+            # Not the client: the task must not keep it alive.
             end = partial(_end_calls, resources, client.utility_results)
-            resources.output_queue_task.add_done_callback(lambda _: end())
+            resources.output_queue_task.add_done_callback(end)
 
     return ensure
 
@@ -52,16 +53,11 @@ def ends_calls_after(resources: Any, calls: Mapping[int, Answer]) -> Iterator[No
         _end_calls(resources, calls)
 
 
-def _end_calls(resources: Any, calls: Mapping[int, Answer]) -> None:
+def _end_calls(
+    resources: Any, calls: Mapping[int, Answer], _reader: object = None
+) -> None:
+    """End open calls, in the thread or the loop in which their answers are read."""
     resources.engine_dead = True
     for answer in list(calls.values()):
-        if isinstance(answer, asyncio.Future):
-            with suppress(RuntimeError):  # its loop is closed: nobody waits
-                answer.get_loop().call_soon_threadsafe(partial(_end, answer))
-        else:
-            _end(answer)
-
-
-def _end(answer: Answer) -> None:
-    if not answer.done():
-        answer.set_exception(EngineDeadError())
+        if not answer.done():
+            answer.set_exception(EngineDeadError())
