@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm.model_executor.model_loader.reload import fingerprint
+from vllm.model_executor.model_loader.reload import bitwise, fingerprint
 from vllm.model_executor.model_loader.reload.errors import WeightSyncError
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
@@ -119,10 +119,11 @@ def test_any_changed_byte_is_refused(byte, committed):
         meta.copy_(other)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 12, 60, 1 << 20])
+@pytest.mark.parametrize("part_bytes", [1, 12, 60, 1 << 20])
 @pytest.mark.parametrize("byte", [None, 0, 50, VALUES.nbytes - 1])
-def test_every_part_is_compared(byte, chunk_bytes, committed, monkeypatch):
-    monkeypatch.setattr(fingerprint, "_chunk_bytes", lambda device: chunk_bytes)
+def test_every_part_is_compared(byte, part_bytes, committed, monkeypatch):
+    monkeypatch.setattr(bitwise, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(fingerprint, "_chunk_bytes", lambda device: part_bytes)
     mode, meta = committed(VALUES)
     other = VALUES.clone()
     if byte is not None:

@@ -92,7 +92,7 @@ class Fingerprint:
         offset = view.storage_offset() - tensor.meta.storage_offset()
         offset += self._values.storage_offset()
         kept = self._values.as_strided(view.shape, view.stride(), offset)
-        return _same_bytes_in_parts(kept, came)
+        return same_bytes(kept, came)
 
     def _equals_sums(
         self,
@@ -113,14 +113,6 @@ class Fingerprint:
         start, stop = (n and n // self._together for n in (rows.start, rows.stop))
         sums = _sums(came.reshape(extents), self._together)
         return torch.equal(sums, self._sums[(*where, slice(start, stop))])
-
-
-def _same_bytes_in_parts(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bitwise equality, for which all at once would take as much memory again."""
-    if not a.dim():
-        return same_bytes(a, b)
-    rows = max(1, _chunk_bytes(a.device) * len(a) // max(1, a.nbytes))
-    return all(same_bytes(*part) for part in zip(a.split(rows), b.split(rows)))
 
 
 def fingerprints(
