@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .utils import layers_with
+
 __all__ = ["ExpertPlacement", "expert_placements"]
 
 
@@ -74,7 +76,7 @@ def expert_placements(
     A layer's parameters may be a child's.
     """
     placements: dict[torch.nn.Module, ExpertPlacement] = {}
-    for layer in model.modules():
+    for layer in layers_with(model, "eplb_state"):
         state = getattr(layer, "eplb_state", None)
         places = getattr(state, "logical_to_physical_map", None)
         if isinstance(places, torch.Tensor):

@@ -17,6 +17,7 @@ import torch
 from .placement import ExpertPlacement
 from .route import Route
 from .route_table import Owed, RouteTable
+from .utils import layers_with
 
 __all__ = ["Plan", "fingerprint"]
 
@@ -77,14 +78,8 @@ def fingerprint(
 
     """
     # A property may ask for what a layer that is not balanced does not have.
-    holders = filter(_has_map, model.modules())
+    holders = layers_with(model, "expert_map")
     maps = (getattr(layer, "expert_map", None) for layer in holders)
     local = [m.tolist() for m in maps if isinstance(m, torch.Tensor)]
     layouts = [(m.shape, m.stride(), m.dtype) for m in metas]
     return layouts, local, list(placements)
-
-
-def _has_map(layer: torch.nn.Module) -> bool:
-    """Whether a layer has an expert map; most have none, and take long to say so."""
-    own = "expert_map" in vars(layer) or "expert_map" in layer._buffers
-    return own or hasattr(type(layer), "expert_map")

@@ -79,6 +79,8 @@ class FirstLoad:
         return self._ambiguous
 
     def _look_at_notes(self) -> None:
+        if not self.notes:
+            return
         notes, self.notes = self.notes, CallNotes()
         for call, spec, sent, view in notes:
             self._note(call, spec)
