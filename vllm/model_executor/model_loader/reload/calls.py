@@ -113,14 +113,14 @@ class Sent:
     number: int
 
 
+# Shape, stride and type.
+_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+# At which byte of a tensor a weight begins, and that tensor's shape and type, and
+# whether it is contiguous.
+_Place = tuple[int, tuple[int, ...], torch.dtype, bool]
 # What many calls have in common: types of all arguments and names of those that have
-# one; shape, stride and type of the weight; and, if it is known what that is a view of,
-# at which byte, of which shape and type, and whether it is contiguous.
-_Kind = tuple[
-    list[type | str],
-    tuple[tuple[int, ...], tuple[int, ...], torch.dtype],
-    tuple[int, tuple[int, ...], torch.dtype, bool] | None,
-]
+# one; the weight's layout; and, if it is known, which part it is of what was sent.
+_Kind = tuple[list[type | str], _Layout, _Place | None]
 
 
 class WatchedWeights:
@@ -164,6 +164,7 @@ class CallNotes:
     def __init__(self) -> None:
         self._noted: list[Any] = []
         self._kind: _Kind | None = None
+        self._whole: _Layout | None = None  # of `_kind`, if its weight is all of a tensor
         self._form: list[type | str] = []
         self._tensors: list[int] = []
 
@@ -184,20 +185,19 @@ class CallNotes:
         values = [*args, *kwargs.values()]
         form: list[type | str] = [*map(type, values), *kwargs]
         if form != self._form:
-            self._form, self._tensors = form, _tensors(values)
+            self._form, self._tensors, self._whole = form, _tensors(values), None
         weight = _without_tensors(values, self._tensors)
         if weight is None:
             return
-        name, sent = None, None
-        if weights.current is not None:
-            name, tensor = weights.current
-            begin = weight.data_ptr() - tensor.data_ptr()
-            sent = begin, tensor.shape, tensor.dtype, tensor.is_contiguous()
-        kind = self._form, (weight.shape, weight.stride(), weight.dtype), sent
-        if kind != self._kind:
-            self._kind = kind
-        self._noted.extend((self._kind, name, weights.number))
-        self._noted.extend(values)
+        name, tensor = weights.current or (None, None)
+        layout = weight.shape, weight.stride(), weight.dtype
+        if tensor is not weight or layout != self._whole:
+            self._whole = layout if tensor is weight else None
+            kind = self._form, layout, _place(weight, tensor)
+            if kind != self._kind:
+                self._kind = kind
+        self._noted += (self._kind, name, weights.number)
+        self._noted += values
 
     def __iter__(
         self,
@@ -218,6 +218,14 @@ class CallNotes:
             owner = owners.setdefault(owner, owner)
             view = _view(begin, spec, stride, owner) if is_contiguous else None
             yield call, spec, Sent(name, owner, number), view
+
+
+def _place(weight: torch.Tensor, tensor: torch.Tensor | None) -> _Place | None:
+    """Where in what was sent a weight is, if that is known."""
+    if tensor is None:
+        return None
+    begin = weight.data_ptr() - tensor.data_ptr()
+    return begin, tensor.shape, tensor.dtype, tensor.is_contiguous()
 
 
 def _view(
