@@ -33,7 +33,7 @@ class PlannedCopies:
         on_complete: called for each staged tensor of which all that is owed is there.
         copies: how to copy; at once by default.
         table: those routes that tensors may take in runs; see `take_run`.
-        limit: bytes of small layers that one run may fill.
+        limit: bytes of layers after which a run goes on with no other layer.
 
     Attributes:
         routes: by checkpoint name.
@@ -61,6 +61,9 @@ class PlannedCopies:
         self._known = self._table.take_runs()
         self._limit = limit
         self._tensors = {tensor.key: tensor for tensor in tensors}
+        self._sizes: Counter[str] = Counter()
+        for tensor in self._tensors.values():
+            self._sizes[tensor.layer] += tensor.meta.nbytes
         self._on_complete = on_complete
 
     @property
@@ -141,7 +144,7 @@ class PlannedCopies:
             number = number_of(name)
             if number is None:
                 break
-            shape, dtype, layer, nbytes, _, _ = kinds[number]
+            shape, dtype, layer, _, _ = kinds[number]
             if (
                 tensor.shape != shape
                 or tensor.dtype is not dtype
@@ -154,7 +157,7 @@ class PlannedCopies:
                 if size > self._limit:
                     break
                 current = layer
-            size += nbytes
+                size += self._sizes[layer]  # also where the run begins with its end
             numbers.append(number)
         return numbers
 

@@ -32,7 +32,6 @@ class Kind(NamedTuple):
         shape: of a checkpoint's tensor.
         dtype: its type.
         layer: name of the layer that it is copied to; None if it is copied nowhere.
-        nbytes: how much of the layer's memory it fills.
         tensor: names of the layer and of its tensor.
         layout: what a kernel needs to know of the copy.
 
@@ -41,7 +40,6 @@ class Kind(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     layer: str | None = None
-    nbytes: int = 0
     tensor: tuple[str, str] | None = None
     layout: Strided | None = None
 
@@ -111,10 +109,8 @@ class RouteTable:
             return None
         self._owed[copy.tensor] = numbers
         self.copies.append(copy)
-        layout = copy.layout
-        nbytes = layout.outer * layout.rows * layout.row_bytes
         spec, layer = route.spec, copy.tensor[0]
-        kind = Kind(spec.shape, spec.dtype, layer, nbytes, copy.tensor, layout)
+        kind = Kind(spec.shape, spec.dtype, layer, copy.tensor, copy.layout)
         return kind, number, copy.source_bytes, copy.target_bytes
 
     def take_runs(self) -> dict[str, Run]:
