@@ -3,22 +3,18 @@
 """The regions that a first load's calls wrote, derived on the meta device."""
 
 import gc
-import weakref
 from collections.abc import Generator
 
 import torch
 
-from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.reload.calls import (
     CallNotes,
     LoaderCall,
     TensorSpec,
     WatchedWeights,
 )
-from vllm.model_executor.model_loader.reload.layerwise import finish_first_load
 from vllm.model_executor.model_loader.reload.ledger import Box
 from vllm.model_executor.model_loader.reload.recording import FirstLoad, RecordingLoader
-from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.view import View
 
 
@@ -82,9 +78,9 @@ def test_calls_of_one_loader_may_differ_in_all_but_the_weight():
         ((param, weight.t(), 0), {}),
     ]
     for args, kwargs in calls:
-        weights.note(notes, args, kwargs)
+        notes.add(args, kwargs, weights)
     del calls[5]
-    noted = [(call, spec) for call, spec, _, _ in notes.take()]
+    noted = [(call, spec) for call, spec, _, _ in notes]
     expected = [LoaderCall.split(args, kwargs) for args, kwargs in calls]
     assert noted == [(call, TensorSpec.of(weight)) for call, weight in expected]
 
@@ -108,8 +104,8 @@ def test_what_was_sent_and_views_of_it_are_told_apart():
     for n, (tensor, view, _) in enumerate(sent):
         for _, current in weights.watch([(str(n), tensor)]):
             weight = current if view is None else view
-            weights.note(notes, (param, weight), dict(expert_id=n))
-    noted = list(notes.take())
+            notes.add((param, weight), dict(expert_id=n), weights)
+    noted = list(notes)
     assert [view for *_, view in noted] == [view for *_, view in sent]
     assert [call.named for call, *_ in noted] == [dict(expert_id=n) for n in range(9)]
     specs = [TensorSpec.of(t if w is None else w) for t, w, _ in sent]
@@ -136,59 +132,20 @@ def test_the_garbage_collector_does_not_see_single_calls():
     seen = []
     for _ in range(2):
         for name, tensor in weights.watch((str(i), weight) for i in range(100)):
-            weights.note(notes, (param, tensor, f"w{name}"), dict(expert=int(name)))
+            notes.add((param, tensor, f"w{name}"), dict(expert=int(name)), weights)
         gc.collect()
         seen.append(len(gc.get_objects()))
-    assert len(list(notes.take())) == 200
+    assert len(list(notes)) == 200
     assert seen[1] - seen[0] < 10
 
 
 def test_a_caller_that_stops_early_is_left_its_tensor():
-    notes, weights, param = CallNotes(), WatchedWeights(), torch.zeros(1)
+    weights = WatchedWeights()
     watched = weights.watch([("a", torch.ones(1)), ("b", torch.ones(1))])
-    _, tensor = next(watched)
-    weights.note(notes, (param, tensor), {})
+    next(watched)
     assert isinstance(watched, Generator)
     watched.close()
-    weights.note(notes, (param, tensor), {})
-    assert [sent and sent.name for _, _, sent, _ in notes.take()] == ["a", None]
-
-
-def test_few_tensors_are_held_and_none_after_the_load():
-    notes, weights, param = CallNotes(), WatchedWeights(), torch.zeros(1)
-    sent: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-    held = []
-    for _, tensor in weights.watch((str(i), torch.ones(1)) for i in range(250)):
-        sent.add(tensor)
-        weights.note(notes, (param, tensor), {})
-        held.append(len(sent))
-        del tensor
-    assert max(held) <= 100 and not sent
-    assert len(list(notes.take())) == 250
-
-
-class Hesitant(torch.nn.Module):
-    """A model that does not ask for the end of its weights, and does not let go."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
-        vars(self.weight)["weight_loader"] = lambda param, weight: param.copy_(weight)
-
-    def load_weights(self, weights):
-        self.rest = iter(weights)
-        _, tensor = next(self.rest)
-        self.weight.weight_loader(self.weight, tensor)
-
-
-def test_what_waits_is_noted_when_the_first_load_is_over():
-    model = Hesitant()
-    record_metadata_for_reloading(model)
-    model.load_weights([("weight", torch.ones(2)), ("other", torch.ones(2))])
-    finish_first_load(model)
-    first = get_layerwise_info(model).first_load["weight"]
-    assert len(first.calls) == 1
-    assert [sent and sent.name for sent, _, _ in first.sources] == ["weight"]
+    assert weights.current is None
 
 
 def test_written_past_its_loader_is_noticed():

@@ -121,63 +121,35 @@ _Place = tuple[int, tuple[int, ...], torch.dtype, bool]
 # What many calls have in common: types of all arguments and names of those that have
 # one; the weight's layout; and, if it is known, which part it is of what was sent.
 _Kind = tuple[list[type | str], _Layout, _Place | None]
-# Name and tensor of what is being loaded.
-_Current = tuple[str, torch.Tensor] | None
-# A call: where to note it, its positional and named arguments, what was being loaded,
-# and the number of that.
-_Call = tuple["CallNotes", tuple[Any, ...], dict[str, Any], _Current, int]
-# After a copy, what it takes to note a call is in no cache of the processor. That many
-# calls in a row find it there, and keep few tensors waiting.
-_TOGETHER = 96
 
 
 class WatchedWeights:
-    """Which of a checkpoint's tensors is being loaded, and by which calls.
+    """Which of a checkpoint's tensors is being loaded.
 
         for name, tensor in weights.watch(checkpoint):
-            ...     # weights.note(notes, args, kwargs)
+            ...     # weights.current is (name, tensor)
 
-    While something is being loaded, calls wait to be noted together.
+    Attributes:
+        current: name and tensor; None between two of them.
+        number: how many came until now.
+
     """
 
     def __init__(self) -> None:
-        self._current: _Current = None
-        self._number = 0
-        self._waiting: list[_Call] = []
+        self.current: tuple[str, torch.Tensor] | None = None
+        self.number = 0
 
     def watch(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Pass weights on."""
         try:
-            for self._current in weights:
-                self._number += 1
-                yield self._current
-                self._current = None
+            for self.current in weights:
+                self.number += 1
+                yield self.current
+                self.current = None
         finally:
-            self._current = None
-            self.settle()
-
-    def note(
-        self, notes: "CallNotes", args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Have a call noted, with what is being loaded.
-
-        Args:
-            notes: where.
-            args: the loader's positional arguments.
-            kwargs: its named ones.
-
-        """
-        self._waiting.append((notes, args, kwargs, self._current, self._number))
-        if self._current is None or len(self._waiting) == _TOGETHER:
-            self.settle()
-
-    def settle(self) -> None:
-        """Note the calls that wait, and let go of their tensors."""
-        waiting, self._waiting = self._waiting, []
-        for notes, args, kwargs, current, number in waiting:
-            notes.add(args, kwargs, current, number)
+            self.current = None
 
 
 class CallNotes:
@@ -192,8 +164,7 @@ class CallNotes:
     def __init__(self) -> None:
         self._noted: list[Any] = []
         self._kind: _Kind | None = None
-        # Of the weight of that kind, if it is all of what was sent.
-        self._whole: _Layout | None = None
+        self._whole: _Layout | None = None  # of `_kind`, if its weight is all of a tensor
         self._form: list[type | str] = []
         self._tensors: list[int] = []
 
@@ -201,19 +172,14 @@ class CallNotes:
         return bool(self._noted)
 
     def add(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        current: _Current,
-        number: int,
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weights: WatchedWeights
     ) -> None:
         """Note a call, if it was given a weight.
 
         Args:
             args: the loader's positional arguments.
             kwargs: its named ones.
-            current: name and tensor that the weight is a view of, if that is known.
-            number: of the tensor.
+            weights: tell what the weight is a view of.
 
         """
         values = [*args, *kwargs.values()]
@@ -223,19 +189,21 @@ class CallNotes:
         weight = _without_tensors(values, self._tensors)
         if weight is None:
             return
-        name, tensor = current or (None, None)
+        name, tensor = weights.current or (None, None)
         layout = weight.shape, weight.stride(), weight.dtype
         if tensor is not weight or layout != self._whole:
             self._whole = layout if tensor is weight else None
             kind = self._form, layout, _place(weight, tensor)
             if kind != self._kind:
                 self._kind = kind
-        self._noted += (self._kind, name, number)
+        self._noted += (self._kind, name, weights.number)
         self._noted += values
 
-    def take(self) -> Iterator[tuple[LoaderCall, TensorSpec, Sent | None, View | None]]:
-        """Each call, what it was given, and which view of what that was; only once."""
-        noted, self._noted = iter(self._noted), []
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[LoaderCall, TensorSpec, Sent | None, View | None]]:
+        """Each call, what it was given, and which view of what that was."""
+        noted = iter(self._noted)
         owners: dict[TensorSpec, TensorSpec] = {}
         for form, (shape, stride, dtype), sent in noted:
             names = tuple(name for name in form if isinstance(name, str))

@@ -82,19 +82,17 @@ def _watch(model: torch.nn.Module, weights: WatchedWeights) -> None:
 class _WatchedLoad:
     """A model's `load_weights`, which notes what it is at."""
 
-    def __init__(self, original: Callable, weights: WatchedWeights):
+    def __init__(self, original: Callable, watched: WatchedWeights):
         update_wrapper(self, original)
         self._original = original
-        self.weights = weights
+        self._watched = watched
 
     def __call__(self, weights: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._original(self.weights.watch(weights), *args, **kwargs)
+        return self._original(self._watched.watch(weights), *args, **kwargs)
 
 
 def _unwatch(layer: torch.nn.Module) -> None:
-    load = vars(layer).get("load_weights")
-    if isinstance(load, _WatchedLoad):
-        load.weights.settle()  # one that stopped early may have left calls
+    if isinstance(vars(layer).get("load_weights"), _WatchedLoad):
         del vars(layer)["load_weights"]
 
 

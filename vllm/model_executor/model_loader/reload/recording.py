@@ -81,7 +81,8 @@ class FirstLoad:
     def _look_at_notes(self) -> None:
         if not self.notes:
             return
-        for call, spec, sent, view in self.notes.take():
+        notes, self.notes = self.notes, CallNotes()
+        for call, spec, sent, view in notes:
             self._note(call, spec)
             self.sources.append((sent, call, view))
 
@@ -192,7 +193,7 @@ class RecordingLoader:
         return update_wrapper(partial(RecordingLoader._load, self), self.original)
 
     def _load(self, /, *args: Any, **kwargs: Any) -> Any:
-        self.weights.note(self._first_load.notes, args, kwargs)
+        self._first_load.notes.add(args, kwargs, self.weights)
         return self.original(*args, **kwargs)
 
     def close(self, version: int) -> None:
