@@ -200,6 +200,7 @@ class ReloadTransaction:
             load = partial(self._load_by_model, source, *args, **kwargs)
             result = load() if is_left or args or kwargs else self._idle.run(load)
             self.commit_ready_layers()
+            self._commit_now(self._ready.take())
         except BaseException as error:
             reason = f"loading {source.name or 'weights'}: {error!r}"
             refused = isinstance(error, Exception) and error is not source.error
@@ -441,7 +442,9 @@ class ReloadTransaction:
             self._checksums.are_all = False
         try:
             with self._times.call(), self._staging():
-                return self._run_loader(loader, args, kwargs)
+                result = self._run_loader(loader, args, kwargs)
+                self._commit_now(self._ready.take())
+                return result
         except BaseException as error:
             place = f"{loader.tensor.layer}.{loader.tensor.name}"
             self.fail(f"loading {place}: {error!r}", error)
