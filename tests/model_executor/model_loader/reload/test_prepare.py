@@ -139,3 +139,34 @@ def test_it_may_be_aborted_and_holds_no_memory_then(per_model, make_model, cold_
 
 def test_without_a_sync_there_is_nothing_to_prepare(make_model):
     prepare(make_model(CASES[NAMES[0]], seed=1))
+
+
+@pytest.mark.parametrize("plan", ["0", "1"])
+def test_what_comes_after_an_abort_is_refused(plan, policy, make_model, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_PLAN", plan)
+    case = CASES[NAMES[0]]
+    built = make_model(case, 1)
+    before = serving(built)
+
+    def tensors() -> Tensors:
+        abort_layerwise_reload(built.model, "the trainer gave up")
+        yield from case.tensors(2)
+
+    with pytest.raises(WeightSyncError, match="aborted.*the trainer gave up"):
+        send(built, tensors())
+    assert_same(serving(built), before)
+    assert reload_status(built.model).state == "serving"
+
+
+def test_a_loader_that_somebody_holds_takes_nothing_once_prepared(policy, make_model):
+    case = CASES[NAMES[0]]
+    built = make_model(case, 1)
+    with built.worker_context():
+        initialize_layerwise_reload(built.model, exposed=True)
+        held = built.model.model.embed_tokens.weight
+        built.model.load_weights(case.tensors(2))
+    prepare(built)
+    with pytest.raises(WeightSyncError, match="takes no more tensors"):
+        held.weight_loader(held, torch.zeros(held.shape))
+    finish(built)
+    assert reload_status(built.model).version == 1

@@ -164,7 +164,8 @@ class CallNotes:
     def __init__(self) -> None:
         self._noted: list[Any] = []
         self._kind: _Kind | None = None
-        self._whole: _Layout | None = None  # of `_kind`, if its weight is all of a tensor
+        # Of the weight of that kind, if it is all of what was sent.
+        self._whole: _Layout | None = None
         self._form: list[type | str] = []
         self._tensors: list[int] = []
 

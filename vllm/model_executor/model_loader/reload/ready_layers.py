@@ -11,7 +11,7 @@ from .staging import StagedLayer
 __all__ = ["ReadyLayers"]
 
 # Of the memory that the largest layer is staged in, the part that may wait.
-_SHARE = 1 / 25
+_SHARE = 1 / 50
 
 
 class ReadyLayers:

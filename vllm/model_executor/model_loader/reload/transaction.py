@@ -437,6 +437,7 @@ class ReloadTransaction:
             self.commit_ready_layers()
             return result
         self._check_open()
+        self._check_loading()
         self._recorder.layers[loader.tensor.layer] += 1
         if self._checksums is not None:
             self._checksums.are_all = False
@@ -455,7 +456,12 @@ class ReloadTransaction:
 
         A layer that is complete and must not be served stays open: what is wrong may
         be sent again, and is an error at finish.
+
+        Raises:
+            WeightSyncError: the sync was aborted from within a call, by whoever sends.
+
         """
+        self._check_open()
         touched = self._mode.take_touched()
         if touched:
             self._times.note_written(touched)
