@@ -12,15 +12,13 @@ balancing swaps weights between places and tells the router, but not the loaders
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .utils import layers_with
-
-__all__ = ["ExpertPlacement", "expert_placements"]
+__all__ = ["ExpertPlacement", "expert_placements", "layers_with"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +81,14 @@ def expert_placements(
             placement = ExpertPlacement.of(places)
             placements |= dict.fromkeys((layer, *layer.children()), placement)
     return placements
+
+
+def layers_with(model: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
+    """Layers of a model that have an attribute, which is no parameter and no child.
+
+    Most have none, and take long to say so.
+    """
+    for layer in model.modules():
+        own = name in vars(layer) or name in layer._buffers
+        if own or hasattr(type(layer), name):
+            yield layer

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .placement import ExpertPlacement
+from .placement import ExpertPlacement, layers_with
 from .route import Route
 from .route_table import Owed, RouteTable
-from .utils import layers_with
 
 __all__ = ["Plan", "fingerprint"]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Questions about layers and their tensors."""
+"""Questions about the tensors of one layer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
@@ -15,7 +15,6 @@ __all__ = [
     "get_layer_tensors",
     "get_tensor_load_numel",
     "has_device_tensors",
-    "layers_with",
 ]
 
 _HOST_DEVICES = ("cpu", "meta")
@@ -51,17 +50,6 @@ def get_layer_size(layer: torch.nn.Module) -> int:
     tensors = get_layer_tensors(layer)
     names = tensors.keys() - SKIP_LOAD_TENSORS
     return sum(get_tensor_load_numel(tensors[name]) for name in names)
-
-
-def layers_with(model: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
-    """Layers of a model that have an attribute, which is no parameter and no child.
-
-    Most have none, and take long to say so.
-    """
-    for layer in model.modules():
-        own = name in vars(layer) or name in layer._buffers
-        if own or hasattr(type(layer), name):
-            yield layer
 
 
 def has_device_tensors(values: Iterable[object]) -> bool:
