@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .tensor_guards import guards_of
 from .view import View
 
 __all__ = ["CallNotes", "LoaderCall", "Sent", "TensorSpec", "WatchedWeights"]
@@ -32,7 +33,7 @@ class TensorSpec:
         return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LoaderCall:
     """Arguments of a weight loader with its tensors left out.
 
@@ -113,14 +114,37 @@ class Sent:
     number: int
 
 
-# Shape, stride and type.
-_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
-# At which byte of a tensor a weight begins, and that tensor's shape and type, and
-# whether it is contiguous.
-_Place = tuple[int, tuple[int, ...], torch.dtype, bool]
-# What many calls have in common: types of all arguments and names of those that have
-# one; the weight's layout; and, if it is known, which part it is of what was sent.
-_Kind = tuple[list[type | str], _Layout, _Place | None]
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What many calls have in common.
+
+    Attributes:
+        count: how many arguments they were given.
+        names: of the last of these.
+        spec: of the weight.
+        stride: of the weight.
+        sent: of what the weight is a part of.
+        is_contiguous: whether that is.
+
+    """
+
+    count: int
+    names: tuple[str, ...]
+    spec: TensorSpec
+    stride: tuple[int, ...]
+    sent: TensorSpec
+    is_contiguous: bool
+
+    def view(self, begin: int) -> View | None:
+        """The view that begins so many bytes inside what was sent, if it is one."""
+        if not self.is_contiguous:
+            return None
+        offset, rest = divmod(begin, self.spec.dtype.itemsize)
+        last = offset + sum((n - 1) * s for n, s in zip(self.spec.shape, self.stride))
+        is_inside = 0 <= offset <= last < prod(self.sent.shape)
+        if rest or not is_inside or self.spec.dtype != self.sent.dtype:
+            return None
+        return View(self.spec.shape, self.stride, offset)
 
 
 class WatchedWeights:
@@ -163,11 +187,13 @@ class CallNotes:
 
     def __init__(self) -> None:
         self._noted: list[Any] = []
-        self._kind: _Kind | None = None
-        # Of the weight of that kind, if it is all of what was sent.
-        self._whole: _Layout | None = None
+        # Types of the arguments of the call before, and names of those that have one.
         self._form: list[type | str] = []
         self._tensors: list[int] = []
+        self._kind: _Kind | None = None
+        # Whether a weight, and what it is a part of if it is not all, are of that kind.
+        self._guards = guards_of()
+        self._guarded = 0
 
     def __bool__(self) -> bool:
         return bool(self._noted)
@@ -186,56 +212,36 @@ class CallNotes:
         values = [*args, *kwargs.values()]
         form: list[type | str] = [*map(type, values), *kwargs]
         if form != self._form:
-            self._form, self._tensors, self._whole = form, _tensors(values), None
+            self._form, self._tensors, self._guarded = form, _tensors(values), 0
         weight = _without_tensors(values, self._tensors)
         if weight is None:
             return
-        name, tensor = weights.current or (None, None)
-        layout = weight.shape, weight.stride(), weight.dtype
-        if tensor is not weight or layout != self._whole:
-            self._whole = layout if tensor is weight else None
-            kind = self._form, layout, _place(weight, tensor)
-            if kind != self._kind:
-                self._kind = kind
-        self._noted += (self._kind, name, weights.number)
-        self._noted += values
+        name, sent = weights.current or (None, weight)
+        begin = 0 if sent is weight else weight.data_ptr() - sent.data_ptr()
+        tensors = (weight,) if sent is weight else (weight, sent)
+        if len(tensors) != self._guarded or not self._guards.check(*tensors):
+            self._guards, self._guarded = guards_of(*tensors), len(tensors)
+            self._kind = _kind_of(weight, sent, len(values), tuple(kwargs))
+        self._noted += (self._kind, name, weights.number, begin, *values)
 
     def __iter__(
         self,
     ) -> Iterator[tuple[LoaderCall, TensorSpec, Sent | None, View | None]]:
         """Each call, what it was given, and which view of what that was."""
         noted = iter(self._noted)
-        owners: dict[TensorSpec, TensorSpec] = {}
-        for form, (shape, stride, dtype), sent in noted:
-            names = tuple(name for name in form if isinstance(name, str))
-            name, number, *values = islice(noted, 2 + len(form) - len(names))
-            call = LoaderCall(tuple(values), names)
-            spec = TensorSpec(tuple(shape), dtype)
-            if sent is None:
-                yield call, spec, None, None
-                continue
-            begin, sent_shape, sent_dtype, is_contiguous = sent
-            owner = TensorSpec(tuple(sent_shape), sent_dtype)
-            owner = owners.setdefault(owner, owner)
-            view = _view(begin, spec, stride, owner) if is_contiguous else None
-            yield call, spec, Sent(name, owner, number), view
+        for kind in noted:
+            name, number, begin, *values = islice(noted, 3 + kind.count)
+            call = LoaderCall(tuple(values), kind.names)
+            if name is None:
+                yield call, kind.spec, None, None
+            else:
+                sent = Sent(name, kind.sent, number)
+                yield call, kind.spec, sent, kind.view(begin)
 
 
-def _place(weight: torch.Tensor, tensor: torch.Tensor | None) -> _Place | None:
-    """Where in what was sent a weight is, if that is known."""
-    if tensor is None:
-        return None
-    begin = weight.data_ptr() - tensor.data_ptr()
-    return begin, tensor.shape, tensor.dtype, tensor.is_contiguous()
-
-
-def _view(
-    begin: int, spec: TensorSpec, stride: tuple[int, ...], owner: TensorSpec
-) -> View | None:
-    """The view that begins so many bytes inside a contiguous tensor, if it is one."""
-    offset, rest = divmod(begin, spec.dtype.itemsize)
-    last = offset + sum((n - 1) * s for n, s in zip(spec.shape, stride))
-    is_inside = 0 <= offset <= last < prod(owner.shape)
-    if rest or not is_inside or spec.dtype != owner.dtype:
-        return None
-    return View(spec.shape, stride, offset)
+def _kind_of(
+    weight: torch.Tensor, sent: torch.Tensor, count: int, names: tuple[str, ...]
+) -> _Kind:
+    spec, stride = TensorSpec.of(weight), weight.stride()
+    is_contiguous = sent.is_contiguous()
+    return _Kind(count, names, spec, stride, TensorSpec.of(sent), is_contiguous)

@@ -15,11 +15,12 @@ R - routes of a table
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch._C._dynamo.guards import TensorGuards
+
+from .tensor_guards import guards_of
 
 if TYPE_CHECKING:
     from .route_table import Kind, RouteTable
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["Named", "Part", "Run"]
 
 Named = tuple[str, torch.Tensor]
-
-# Torch needs to be told, whatever its signature says.
-_NOTHING_DYNAMIC: Any = dict(dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
 
 class Part(NamedTuple):
@@ -75,8 +73,7 @@ class Run:
     ):
         self._count = len(numbers)
         self._names, tensors = self._sent(weights, start)
-        # Of types, dispatch keys, dtypes, devices, sizes and strides.
-        self._guards = TensorGuards(*tensors, **_NOTHING_DYNAMIC)
+        self._guards = guards_of(*tensors)
         number_n = np.array(numbers)
         self.source_n = table.source_R[number_n]
         kind_n = table.kind_R[number_n]
