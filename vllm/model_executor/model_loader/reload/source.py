@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .calls import TensorSpec
 from .errors import WeightSyncError
+from .kept import KeptTensors
 from .planned import PlannedCopies
 from .routing import RouteRecorder
 
@@ -29,6 +30,7 @@ class Source:
         planned: stages those with routes.
         on_loaded: called after each that a loader was given, and when a staged tensor
             is complete.
+        kept: notices what the model keeps of what it is given.
 
     Attributes:
         name: the checkpoint name that is being loaded.
@@ -42,6 +44,7 @@ class Source:
         recorder: RouteRecorder,
         planned: PlannedCopies,
         on_loaded: Callable[[], None],
+        kept: KeptTensors,
     ):
         self.name: str | None = None
         self.error: BaseException | None = None
@@ -51,6 +54,7 @@ class Source:
         self._recorder = recorder
         self._planned = planned
         self._on_loaded = on_loaded
+        self._kept = kept
         self._tensor: torch.Tensor | None = None
 
     def skip_planned(self) -> bool:
@@ -111,7 +115,8 @@ class Source:
         while is_left:
             assert self.name is not None and self._tensor is not None
             self._recorder.begin(self.name, self._tensor)
-            yield self.name, self._tensor
+            # Held by nobody here, or it would be taken for kept.
+            yield self.name, self._kept.lend(self.name, self._tensor)
             self._recorder.end()
             self._on_loaded()
             # Not only paused: a mode costs more than a copy.

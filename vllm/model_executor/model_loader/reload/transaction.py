@@ -25,6 +25,7 @@ from .copying import Copies, batch_launcher
 from .errors import WeightSyncError
 from .first_plan import first_routes
 from .idle_calls import IdleCalls
+from .kept import KeptTensors
 from .model_reload import ModelReload
 from .placement import expert_placements
 from .plan import Plan, fingerprint
@@ -105,6 +106,7 @@ class ReloadTransaction:
             for tensor in layer.tensors:
                 self._layers_of.setdefault(tensor, []).append(layer)
         self._recorder = RouteRecorder()
+        self._kept = KeptTensors()
         self._checksums = SentChecksums() if envs.VLLM_RELOAD_CHECKSUMS else None
         self._mode = StagingMode(self._layers_of, self._recorder)
         self._idle = IdleCalls(self._recorder, self._mode)
@@ -191,7 +193,7 @@ class ReloadTransaction:
     def _load(self, weights: Weights, args: tuple, kwargs: dict[str, Any]) -> Any:
         self._check_open()
         self._check_loading()
-        watched = self._recorder, self._planned, self.commit_ready_layers
+        watched = self._recorder, self._planned, self.commit_ready_layers, self._kept
         if self._checksums is not None:
             weights = self._checksums.watch(weights)
         source = Source(weights, *watched)
@@ -219,6 +221,7 @@ class ReloadTransaction:
     def _load_by_model(self, source: Source, *args: Any, **kwargs: Any) -> Any:
         with self._staging():
             result = self._load_weights(iter(source), *args, **kwargs)
+        self._kept.settle()
         self._check_experts()
         return result
 
@@ -293,6 +296,7 @@ class ReloadTransaction:
             self._committer.drop(layer)
         for tensor in self._layers_of:
             self._mode.forget(tensor)
+        self._kept.drop()
         if mixture and self._rollback is not None and self._restored(self._rollback):
             self._reload.lost, self._reload.fenced = lost, fenced
             logger.warning("A weight sync failed when %s: rolled back.", mixture)
@@ -406,6 +410,7 @@ class ReloadTransaction:
         layers = [layer for layer in self._layers if not layer.committed]
         owed = [layer for layer in layers if owes_all or layer.received]
         missing = [finding for layer in owed for finding in layer.missing()]
+        missing += self._kept.waiting()
         changed = [layer for layer in layers if layer.changed]
         invalid = self._committer.unservable(changed)
         if missing or invalid:
