@@ -3,6 +3,7 @@
 """The fence, on real engine cores whose executor and scheduler are stand-ins."""
 
 import queue
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,9 @@ class Worker:
 
     def abort_weight_update(self) -> None:
         pass
+
+    compute_weight_checksums = weight_status = abort_weight_update
+    shutdown_weight_transfer_engine = abort_weight_update
 
     def half_a_sync(self) -> None:
         version = self.model.status.version
@@ -384,6 +388,30 @@ def test_dropped_weights_may_come_by_another_road(asleep):
     core.collective_rpc("harmless", args=(1,))
     core.wake_up()
     core.weight_fence.check()
+
+
+@pytest.mark.parametrize("asleep", [(), ("kv_cache",)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "compute_weight_checksums",
+        "raises",
+        "shutdown_weight_transfer_engine",
+        "weight_status",
+    ],
+)
+def test_dropped_weights_do_not_come_by_questions_or_failures(asleep, method):
+    core = make_core()
+    core.sleep(level=2)
+    core.model_executor.sleeping_tags = set(asleep)
+    if not asleep:
+        core.wake_up()
+    with pytest.raises(ValueError) if method == "raises" else nullcontext():
+        core.collective_rpc(method)
+    core.model_executor.sleeping_tags = set()
+    core.wake_up()
+    with pytest.raises(WeightsInconsistentError, match="dropped"):
+        core.weight_fence.check()
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -79,8 +79,12 @@ WRITING_RPCS = frozenset(
 # RPCs that leave the weights as they are, or bring them by a sync that says so.
 SYNC_RPCS = WRITING_RPCS | {
     "abort_weight_update",
+    "compute_weight_checksums",
+    "get_model_inspection",
     "init_weight_transfer_engine",
     "sent_checksums",
+    "shutdown_weight_transfer_engine",
+    "weight_status",
     "weight_update_reach",
 }
 
@@ -223,7 +227,7 @@ class WeightFence:
             )
 
     def note_road(self, method: str | Callable) -> None:
-        """Note an RPC that may have brought weights which a sleep had dropped.
+        """Note an RPC that worked, and may have brought weights that sleep had dropped.
 
         Nobody can tell whether it did: they are served again.
         """
@@ -353,7 +357,8 @@ def fenced_rpc(collective_rpc: CoreMethod) -> CoreMethod:
             if getattr(core.model_executor, "is_failed", False):
                 raise RuntimeError(WORKER_GONE.format(method=method)) from error
             raise
-        core.weight_fence.note_road(method)
+        if not any(reply.error for reply in replies):
+            core.weight_fence.note_road(method)
         core.weight_fence.feed.note_replies(replies)
         core.weight_fence.observe([reply.states for reply in replies])
         return results_of(replies, method)
