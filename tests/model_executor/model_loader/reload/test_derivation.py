@@ -5,11 +5,19 @@
 import pytest
 import torch
 
+from vllm.model_executor.model_loader.reload import (
+    WeightSyncError,
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    mark_inconsistent,
+    record_metadata_for_reloading,
+)
 from vllm.model_executor.model_loader.reload.first_load import (
     finish_recording,
     start_recording,
 )
 from vllm.model_executor.model_loader.reload.first_plan import first_routes
+from vllm.model_executor.model_loader.reload.layerwise import finish_first_load
 from vllm.model_executor.model_loader.reload.ledger import Box
 from vllm.model_executor.model_loader.reload.planned import PlannedCopies
 from vllm.model_executor.model_loader.reload.staging_area import stage_model
@@ -124,3 +132,36 @@ def test_of_a_call_that_was_made_twice_nobody_knows_the_source():
     assert planned.take("layers.1.0", sent["layers.1.0"])
     assert torch.equal(staged[1].memory[0], sent["layers.1.0"][:2])
     assert not planned.take("layers.1.3", sent["layers.1.3"])
+
+
+class Unwatched(torch.nn.Module):
+    """A model that writes one matrix past its loader and its count of versions."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("watched", "unwatched"):
+            layer = torch.nn.Linear(128, 128, bias=False)
+            layer.weight.weight_loader = torch.Tensor.copy_
+            self.add_module(name, layer)
+
+    @torch.no_grad()
+    def load_weights(self, weights):
+        for name, weight in weights:
+            param = self.get_parameter(name)
+            if name == "watched.weight":
+                param.weight_loader(param, weight)
+            else:
+                param.data.copy_(weight)
+
+
+def test_a_matrix_that_its_loader_was_not_given_is_owed():
+    model = Unwatched()
+    record_metadata_for_reloading(model)
+    weights = [(name, torch.ones(128, 128)) for name, _ in model.named_parameters()]
+    model.load_weights(iter(weights))
+    finish_first_load(model)
+    mark_inconsistent(model, "a sleep dropped the weights")
+    initialize_layerwise_reload(model)
+    model.load_weights(weights[:1])
+    with pytest.raises(WeightSyncError, match="unwatched.weight: never sent"):
+        finalize_layerwise_reload(model, None)

@@ -182,6 +182,8 @@ def finish_recording(model: torch.nn.Module) -> bool:
             if recording is not None:
                 recording.close(tensor._version)
                 set_loader(tensor, recording.original)
+                # A write through `data` leaves no trace, and none is no value at all.
+                first_load.bypassed |= not (first_load.seen or name in info.created)
             elif not first_load.seen and name in info.created:
                 first_load.bypassed = not _same(tensor, info.created[name])
             loaded |= first_load.called
