@@ -165,3 +165,28 @@ def test_a_matrix_that_its_loader_was_not_given_is_owed():
     model.load_weights(weights[:1])
     with pytest.raises(WeightSyncError, match="unwatched.weight: never sent"):
         finalize_layerwise_reload(model, None)
+
+
+def by_index(param, weight):
+    param.data[torch.arange(len(param))] = weight
+
+
+def by_sum(param, weight):
+    param.data.zero_()
+    param.data.add_(weight)
+
+
+def by_array(param, weight):
+    param.data.numpy()[:] = weight.numpy()
+
+
+@pytest.mark.parametrize("loader", [by_index, by_sum, by_array])
+def test_a_loader_that_does_not_copy_is_no_loader_that_does_nothing(loader):
+    model = Unwatched()
+    model.watched.weight.weight_loader = loader
+    record_metadata_for_reloading(model)
+    model.load_weights([("watched.weight", torch.ones(128, 128))])
+    initialize_layerwise_reload(model)
+    model.load_weights([("watched.weight", torch.zeros(128, 128))])
+    with pytest.raises(WeightSyncError, match="watched.weight: never sent"):
+        finalize_layerwise_reload(model, None)

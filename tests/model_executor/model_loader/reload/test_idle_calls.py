@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vllm.model_executor.model_loader.reload import (
+    WeightSyncError,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
@@ -102,3 +103,10 @@ def test_a_model_that_writes_is_asked_each_time(synced):
     sync(model, 1.0, [[name] for name in NAMES])
     assert model.given == [0, 0, 0, 0]
     assert model.tied.weight.eq(1).all()
+
+
+def test_what_is_made_of_a_tensor_that_was_not_sent_is_not_served(synced):
+    model = synced(tie)
+    with pytest.raises(WeightSyncError, match=r"layers.3.weight: never sent"):
+        sync(model, 1.0, [NAMES[:1]])
+    assert model.tied.weight.eq(0).all()

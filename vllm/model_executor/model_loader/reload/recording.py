@@ -24,6 +24,7 @@ from .view import View
 __all__ = ["FirstLoad", "RecordingLoader", "Write", "fills_nothing", "wrote"]
 
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor)
+_PREPARES = (*_FILLS, torch.ops.aten.zero_.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +130,8 @@ class FirstLoad:
     def boxes(self, loader: Callable, param: torch.Tensor) -> list[Box] | None:
         """Regions of `param` (on meta) that the calls write, or None if unknown.
 
-        Unknown are loaders that look at values, which a meta tensor does not have. Sets
-        `writes` on the way.
+        Unknown are loaders that look at values, which a meta tensor does not have, and
+        those that write by other operators than copies. Sets `writes` on the way.
         """
         if self.ambiguous:
             return None
@@ -151,6 +152,8 @@ class FirstLoad:
                         writes[call] = recorder.writes
         except Exception:
             return None
+        if recorder.changed_otherwise and not recorder.boxes:
+            return None  # nor is it known that a loader does nothing
         self.writes = writes
         return recorder.boxes
 
@@ -234,6 +237,12 @@ class _MetaWrites(TorchDispatchMode):
         self._param = param
         self._storage = param.untyped_storage()._cdata
         self._owner = param
+        self._is_changed = False
+
+    @property
+    def changed_otherwise(self) -> bool:
+        """Whether something else changed it, such as `index_put_` or another memory."""
+        return self._is_changed or self._storage != self._param.untyped_storage()._cdata
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -259,6 +268,7 @@ class _MetaWrites(TorchDispatchMode):
             return args[0]
         if self._concerns(args) and not fills_nothing(func, args):
             self.writes = None
+            self._is_changed |= func._schema.is_mutable and func not in _PREPARES
         return func(*args, **(kwargs or {}))
 
     def _note(self, view: torch.Tensor, source: Any) -> None:

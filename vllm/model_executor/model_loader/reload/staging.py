@@ -307,8 +307,13 @@ class StagedLayer:
 
     @property
     def received(self) -> bool:
-        """Whether this sync wrote anything that belongs to the layer."""
-        return any(tensor.written for tensor in self.owner_of)
+        """Whether this sync brought anything that belongs to the layer.
+
+        What was touched and not seen to be written may have been written all the same,
+        by an operator of which nobody knows how much it writes; or others were made of
+        it, which is worse.
+        """
+        return any(t.written or t.memory is not None for t in self.owner_of)
 
     @property
     def changed(self) -> bool:
