@@ -3,9 +3,10 @@
 """Layers are alike if only their names tell them apart."""
 
 from copy import deepcopy
-from functools import partial
+from functools import partial, reduce
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,3 +87,24 @@ def test_what_was_found_different_stays_so():
     assert not compare(one, other)
     assert not compare(one, other)
     assert not compare(one.inner, other.inner)
+
+
+def with_empty_cell():
+    def load():
+        return late
+
+    if load is None:
+        late = 0
+    return load
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SimpleNamespace(order=np.arange(3)),
+        with_empty_cell,
+        lambda: reduce(lambda inner, _: [inner], range(10_000), []),
+    ],
+)
+def test_what_cannot_be_compared_is_not_alike(make):
+    assert not alike(make(), make())

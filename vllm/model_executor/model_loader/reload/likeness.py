@@ -29,7 +29,7 @@ class Likeness:
         alike(layer_0.weight_loader, layer_1.weight_loader)     # all that it can reach
 
     Values of weights are not compared, everything else is. What does not show its parts
-    is alike only if it is equal.
+    is alike only if it is equal, and what cannot be compared is not alike.
 
     Args:
         one: qualified name of the one layer.
@@ -47,7 +47,10 @@ class Likeness:
         if isinstance(one, str) and isinstance(other, str):
             return self._same_string(one, other)
         known = self._pairs.copy()
-        same = self._same(one, other)
+        try:
+            same = bool(self._same(one, other))
+        except Exception:  # as of arrays, which are neither equal nor not
+            same = False
         if not same:
             self._pairs = known
         return same
