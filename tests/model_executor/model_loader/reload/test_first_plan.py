@@ -157,9 +157,15 @@ def changed(param, weights):
         param.weight_loader(param, weight + 1)
 
 
-@pytest.mark.parametrize("loading", [kept, changed])
+def changed_in_place(param, weights):
+    for _, weight in weights:
+        weight[1:].add_(1)
+        param.weight_loader(param, weight)
+
+
+@pytest.mark.parametrize("loading", [kept, changed, changed_in_place])
 def test_nothing_has_a_route_if_loaders_were_given_something_else(loading):
-    assert not first_routes(staged_after(Model(loading), a=TENSOR))
+    assert not first_routes(staged_after(Model(loading), a=TENSOR.clone()))
 
 
 class Outer(torch.nn.Module):

@@ -156,12 +156,14 @@ class WatchedWeights:
     Attributes:
         current: name and tensor; None between two of them.
         number: how many came until now.
+        version: of the tensor as it came; see `_version`.
 
     """
 
     def __init__(self) -> None:
         self.current: tuple[str, torch.Tensor] | None = None
         self.number = 0
+        self.version: int | None = None
 
     def watch(
         self, weights: Iterable[tuple[str, torch.Tensor]]
@@ -170,6 +172,7 @@ class WatchedWeights:
         try:
             for self.current in weights:
                 self.number += 1
+                self.version = _version(self.current[1])
                 yield self.current
                 self.current = None
         finally:
@@ -217,6 +220,8 @@ class CallNotes:
         if weight is None:
             return
         name, sent = weights.current or (None, weight)
+        if _version(weight) != weights.version:
+            name, sent = None, weight  # changed on the way: no view of what came
         begin = 0 if sent is weight else weight.data_ptr() - sent.data_ptr()
         tensors = (weight,) if sent is weight else (weight, sent)
         if len(tensors) != self._guarded or not self._guards.check(*tensors):
@@ -237,6 +242,11 @@ class CallNotes:
             else:
                 sent = Sent(name, kind.sent, number)
                 yield call, kind.spec, sent, kind.view(begin)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written in place, its views included, if that is known."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _kind_of(
