@@ -110,6 +110,14 @@ def test_without_a_plan_the_base_reads(
     assert_same(snapshot(built.model), cold_load(CASE, 2))
 
 
+def test_of_a_name_in_two_files_the_same_one_counts(make_model, cold_load, tmp_path):
+    for number, seed in ((9, 1), (10, 2)):
+        save_file(dict(CASE.tensors(seed)), tmp_path / f"model-{number}.safetensors")
+    built = make_model(CASE, seed=1)
+    sync(built, tmp_path)
+    assert_same(snapshot(built.model), cold_load(CASE, 2))
+
+
 @pytest.mark.parametrize("kind", ["first", "later"])
 def test_in_any_order_of_files_a_sync_needs_one_layer(
     kind, no_packing, make_model, shards, monkeypatch

@@ -22,6 +22,7 @@ from vllm.config.load import LoadConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.weight_utils import _natural_sort_key
 
 from .checkpoint_files import ByteRange, CheckpointFile, StoredTensor
 from .layer_order import in_order_of_layers
@@ -84,7 +85,8 @@ class CheckpointLoader(DefaultModelLoader):
         where = source.model_or_path, source.subfolder, source.revision
         which = source.fall_back_to_pt, source.allow_patterns_overrides
         _, paths, is_safetensors, *_ = self._prepare_weights(*where, *which)
-        return sorted(paths) if is_safetensors else []
+        # Of a name in two files the last one counts, as it does in a cold load.
+        return sorted(paths, key=_natural_sort_key) if is_safetensors else []
 
     def _reads_plainly(self, source: DefaultModelLoader.Source) -> bool:
         """Whether the user, or the model, asked for nothing but to read the files."""
