@@ -39,6 +39,7 @@ from .routing import RouteRecorder
 from .source import Source, Weights
 from .staging import StagedLayer, StagedLoader, StagedTensor, StagingMode
 from .staging_area import stage_model
+from .stream_order import StreamOrder
 from .sync_report import (
     Ending,
     SyncReport,
@@ -105,6 +106,7 @@ class ReloadTransaction:
         for layer in self._layers:
             for tensor in layer.tensors:
                 self._layers_of.setdefault(tensor, []).append(layer)
+        self._order = StreamOrder.on(tensor.device for tensor in self._layers_of)
         self._recorder = RouteRecorder()
         self._kept = KeptTensors()
         self._checksums = SentChecksums() if envs.VLLM_RELOAD_CHECKSUMS else None
@@ -187,7 +189,7 @@ class ReloadTransaction:
                 then aborted.
 
         """
-        with self._times.call():
+        with self._times.call(), self._order.call():
             return self._load(weights, args, kwargs)
 
     def _load(self, weights: Weights, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -234,7 +236,7 @@ class ReloadTransaction:
             WeightSyncError: as for `finish`.
 
         """
-        with self._times.call(), self._aborting():
+        with self._times.call(), self._order.call(), self._aborting():
             self._prepare(model_config)
 
     def finish(self, model_config: ModelConfig | None) -> None:
@@ -245,7 +247,7 @@ class ReloadTransaction:
                 invalid scales.
 
         """
-        with self._times.call():
+        with self._times.call(), self._order.call():
             with self._aborting():
                 self._committer.apply(self._prepare(model_config))
             self._succeed()
@@ -304,8 +306,9 @@ class ReloadTransaction:
 
     def abort(self, reason: str, error: BaseException | None = None) -> None:
         """Drop what is staged, and close; see `fail`."""
-        self.fail(reason, error)
-        self._end()
+        with self._order.call():
+            self.fail(reason, error)
+            self._end()
 
     def _succeed(self) -> None:
         # Of a part nobody knows what its loaders keep for the rest.
@@ -446,15 +449,16 @@ class ReloadTransaction:
         self._recorder.layers[loader.tensor.layer] += 1
         if self._checksums is not None:
             self._checksums.are_all = False
-        try:
-            with self._times.call(), self._staging():
-                result = self._run_loader(loader, args, kwargs)
-                self._commit_now(self._ready.take())
-                return result
-        except BaseException as error:
-            place = f"{loader.tensor.layer}.{loader.tensor.name}"
-            self.fail(f"loading {place}: {error!r}", error)
-            raise
+        with self._times.call(), self._order.call():
+            try:
+                with self._staging():
+                    result = self._run_loader(loader, args, kwargs)
+                    self._commit_now(self._ready.take())
+                    return result
+            except BaseException as error:
+                place = f"{loader.tensor.layer}.{loader.tensor.name}"
+                self.fail(f"loading {place}: {error!r}", error)
+                raise
 
     def commit_ready_layers(self) -> None:
         """Commit what was just completed, as soon as it is worth it.
