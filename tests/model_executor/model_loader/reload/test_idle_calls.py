@@ -110,3 +110,18 @@ def test_what_is_made_of_a_tensor_that_was_not_sent_is_not_served(synced):
     with pytest.raises(WeightSyncError, match=r"layers.3.weight: never sent"):
         sync(model, 1.0, [NAMES[:1]])
     assert model.tied.weight.eq(0).all()
+
+
+class Collecting(Model):
+    """Looks at all of a chunk before it loads any of it."""
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        return super().load_weights(list(weights))
+
+
+def test_a_model_that_collects_its_weights_loads_them_in_each_sync():
+    model = Collecting(nothing).requires_grad_(False)
+    record_metadata_for_reloading(model)
+    for value in (0.0, 1.0, 2.0):
+        sync(model, value, [NAMES])
+        assert all(layer.weight.eq(value).all() for layer in model.layers)

@@ -184,6 +184,23 @@ def test_nothing_has_a_route_once_a_loader_kept_a_tensor(use):
     assert not record(staged(), load, a=A, b=B)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda meta, kept: meta.data.copy_(kept),
+        lambda meta, kept: meta.data.copy_(kept + 1),
+    ],
+)
+def test_nothing_has_a_route_once_a_tensor_is_loaded_after_the_last_one(use):
+    recorder, target = RouteRecorder(), staged()
+    with StagingMode([target], recorder):
+        for name, tensor in dict(a=A, b=B).items():
+            recorder.begin(name, tensor)
+            recorder.end()
+        use(target.meta, A)
+    assert not recorder.routes()
+
+
 def test_tensors_that_write_the_same_have_no_route():
     assert not record(staged(), whole, a=A, b=B)
     halves = [Box((0, 0), (3, 6)), Box((1, 0), (4, 6))]

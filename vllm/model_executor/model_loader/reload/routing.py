@@ -73,12 +73,25 @@ class RouteRecorder:
         view: torch.Tensor,
         source: Any,
         boxes: tuple[Box, ...],
+        staged: Container[int],
     ) -> None:
-        """A staged tensor was written: these boxes, by this view of its memory."""
+        """A staged tensor was written.
+
+        Args:
+            target: the tensor.
+            view: the view of its memory that was written.
+            source: what was copied there.
+            boxes: the same as `view`.
+            staged: storages of staged tensors.
+
+        """
         tensor = self._tensor
         self._layer = target.layer if self._layer is None else self._layer
-        if tensor is None or not isinstance(source, torch.Tensor):
+        if not isinstance(source, torch.Tensor):
             self.refuse()
+        elif tensor is None:
+            # Given to the model before, unless it is another staged tensor's.
+            self._are_kept |= _storage(source) not in staged
         elif not self._is_current(source) or source.dtype != tensor.dtype:
             self.refuse()
             self._are_kept |= not self._is_mine(source)

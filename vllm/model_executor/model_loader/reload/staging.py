@@ -489,7 +489,7 @@ class StagingMode(TorchDispatchMode):
         result = func(*args, **kwargs)
         boxes = tuple(boxes_of_view(view, tensor.meta))
         if self._recorder is not None:
-            self._recorder.copied(tensor, view, source, boxes)
+            self._recorder.copied(tensor, view, source, boxes, self._by_memory)
         tensor.ledger.write(*boxes)
         self.touch(tensor)
         return result
