@@ -87,11 +87,12 @@ class RouteRecorder:
         """
         tensor = self._tensor
         self._layer = target.layer if self._layer is None else self._layer
-        if not isinstance(source, torch.Tensor):
-            self.refuse()
-        elif tensor is None:
+        if tensor is None:
             # Given to the model before, unless it is another staged tensor's.
-            self._are_kept |= _storage(source) not in staged
+            is_staged = isinstance(source, torch.Tensor) and _storage(source) in staged
+            self._are_kept |= not is_staged
+        elif not isinstance(source, torch.Tensor):
+            self.refuse()
         elif not self._is_current(source) or source.dtype != tensor.dtype:
             self.refuse()
             self._are_kept |= not self._is_mine(source)
