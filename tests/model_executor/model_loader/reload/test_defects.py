@@ -212,6 +212,41 @@ def test_the_callers_own_error_is_raised_unchanged(server):
     server.assert_refused()
 
 
+@pytest.mark.parametrize("kind", [list, iter])
+@pytest.mark.parametrize(
+    "nothing, reason",
+    [(("not.mine", None), "expected a tensor"), (None, "cannot unpack")],
+)
+def test_nothing_in_the_place_of_a_tensor_is_no_end(kind, nothing, reason, server):
+    for _ in range(2):  # also when the others have routes
+        with pytest.raises(WeightSyncError, match=reason):
+            server.sync(kind([nothing, *server.new.items()]))
+        server.assert_refused()
+        server.before = server.serving()
+
+
+class Halved(list):
+    """A list that makes its tensors when it is iterated over, all in one memory."""
+
+    def __iter__(self):
+        for name, tensor in super().__iter__():
+            if not name.endswith("norm.weight"):
+                yield name, tensor
+                continue
+            BUCKET[: len(tensor)] = tensor / 2
+            yield name, BUCKET[: len(tensor)]
+
+
+BUCKET = torch.zeros(4096, dtype=torch.bfloat16)
+
+
+def test_a_class_that_is_a_list_too_is_iterated_over(server):
+    doubled = {n: t * 2 if n.endswith("norm.weight") else t for n, t in CASE.tensors(2)}
+    for _ in range(2):
+        server.sync(Halved(doubled.items()))
+        server.assert_synced()
+
+
 def test_nothing_is_loaded_after_a_failure_until_the_sync_is_closed(server):
     model, vllm_config = server.built
     with server.built.worker_context():

@@ -121,6 +121,8 @@ class PlannedCopies:
         if start == len(weights):
             return None
         first, _ = weights[start]
+        if first not in self._table.numbers:
+            return None
         run = self._known.get(first)
         if run is None or not run.is_like(weights, start):
             numbers = self._numbers_at(weights, start)

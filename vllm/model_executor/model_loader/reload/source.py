@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -25,7 +25,8 @@ class Source:
 
     Args:
         weights: names and tensors. What is iterated over may change a tensor once it
-            is asked for the next, and a list does not.
+            is asked for the next, and a list does not. A class of its own may, whatever
+            it derives from.
         recorder: notes what the model does with the others.
         planned: stages those with routes.
         on_loaded: called after each that a loader was given, and when a staged tensor
@@ -48,7 +49,9 @@ class Source:
     ):
         self.name: str | None = None
         self.error: BaseException | None = None
-        self._list = weights if isinstance(weights, list | tuple) else None
+        self._list: Sequence[tuple[str, torch.Tensor]] | None = None
+        if isinstance(weights, list | tuple) and type(weights) in (list, tuple):
+            self._list = weights
         self._place = 0  # in the list
         self._weights = iter(weights)
         self._recorder = recorder
@@ -56,6 +59,7 @@ class Source:
         self._on_loaded = on_loaded
         self._kept = kept
         self._tensor: torch.Tensor | None = None
+        self._is_left = False
 
     def skip_planned(self) -> bool:
         """Stage the tensors with routes.
@@ -69,7 +73,7 @@ class Source:
         while skip():
             self._on_loaded()
         self._planned.copies.flush()
-        return self._tensor is not None
+        return self._is_left
 
     def _skip_in_list(self) -> bool:
         """Go on until a staged tensor is complete; false if that does not happen."""
@@ -88,30 +92,34 @@ class Source:
         self._place = self._planned.take_run(self._list, start)
         if self._place > start:
             return True
-        if start == len(self._list):
+        self._is_left = start < len(self._list)
+        if not self._is_left:
             return False
-        self.name, self._tensor = self._list[start]
         self._place += 1
-        return self._planned.take(self.name, self._tensor)
+        return self._take(self._list[start])
 
     def _skip_one(self) -> bool:
-        sent = self._next()
-        if sent is None:
-            self._tensor = None
-            return False
-        self.name, self._tensor = sent
-        with torch._C.DisableTorchFunction():
-            return self._planned.take(*sent)
-
-    def _next(self) -> tuple[str, torch.Tensor] | None:
+        self._is_left = False
         try:
-            return next(self._weights, None)
+            sent = next(self._weights)
+        except StopIteration:
+            return False
         except BaseException as error:
             self.error = error
             raise
+        with torch._C.DisableTorchFunction():
+            return self._take(sent)
+
+    def _take(self, sent: tuple[str, torch.Tensor]) -> bool:
+        """Stage what was sent; false if it has no route. Nothing else ends a chunk."""
+        self.name, self._tensor, self._is_left = None, None, True
+        self.name, self._tensor = sent
+        if not isinstance(self._tensor, torch.Tensor):
+            raise TypeError(f"expected a tensor, got {type(self._tensor).__name__}")
+        return self._planned.take(self.name, self._tensor)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        is_left = self._tensor is not None
+        is_left = self._is_left
         while is_left:
             assert self.name is not None and self._tensor is not None
             self._recorder.begin(self.name, self._tensor)
