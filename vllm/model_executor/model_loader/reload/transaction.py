@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import vllm.envs as envs
 from vllm.config import ModelConfig
@@ -424,7 +425,8 @@ class ReloadTransaction:
     def _staging(self) -> Iterator[None]:
         """Show the staged tensors and watch what is done to them."""
         if self._loading:
-            yield
+            with self._watching():
+                yield
             return
         self._loading = True
         for layer in self._layers:
@@ -439,9 +441,15 @@ class ReloadTransaction:
                 for layer in self._layers:
                     layer.hide()
 
+    def _watching(self) -> AbstractContextManager:
+        """The mode, unless it watches: it does not while a caller's iterator runs."""
+        watches = self._mode in _get_current_dispatch_mode_stack()
+        return nullcontext() if watches else self._mode
+
     def _run_loader(self, loader: StagedLoader, args: tuple, kwargs: dict) -> Any:
         if self._loading:
-            result = loader.load(args, kwargs)
+            with self._watching():
+                result = loader.load(args, kwargs)
             self.commit_ready_layers()
             return result
         self._check_open()

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""An iterator that is asked for weights may drive its own sync meanwhile."""
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import nn
+
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+NAMES = [f"{i}.weight" for i in range(4)]
+
+
+class Model(nn.Sequential):
+    def __init__(self):
+        super().__init__(*(nn.Linear(4, 4, bias=False) for _ in NAMES))
+        self.requires_grad_(False)
+
+    def load_weights(self, weights: Weights) -> None:
+        params = dict(self.named_parameters())
+        for name, tensor in weights:
+            params[name].data.copy_(tensor)
+
+
+def sent(value: float, names: Iterable[str] = NAMES) -> list[tuple[str, torch.Tensor]]:
+    return [(name, torch.full((4, 4), value)) for name in names]
+
+
+def values(model: Model) -> list[float]:
+    return [layer.weight.unique().item() for layer in model]
+
+
+def sync(model: Model, weights: Weights) -> None:
+    initialize_layerwise_reload(model)
+    model.load_weights(weights)
+    finalize_layerwise_reload(model, None)
+
+
+@pytest.fixture(params=["0", "1"], ids=["loaders", "plan"])
+def plan(request, monkeypatch) -> str:
+    monkeypatch.setenv("VLLM_RELOAD_PLAN", request.param)
+    return request.param
+
+
+@pytest.fixture
+def model(plan) -> Model:
+    """One that had a sync, so that tensors have their routes."""
+    model = Model()
+    record_metadata_for_reloading(model)
+    sync(model, sent(0.0))
+    return model
+
+
+def by_list(model: Model, weights: list) -> None:
+    model.load_weights(weights)
+
+
+def by_iterator(model: Model, weights: list) -> None:
+    model.load_weights(iter(weights))
+
+
+@pytest.mark.parametrize("policy", ["layer", "model"])
+@pytest.mark.parametrize("load", [by_list, by_iterator])
+def test_it_may_load(load, policy, model, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", policy)
+
+    def weights() -> Weights:
+        first, second, third, fourth = sent(1.0)
+        yield first
+        load(model, [second])
+        yield third
+        load(model, [fourth])
+
+    sync(model, weights())
+    assert values(model) == [1.0] * 4
+
+
+def test_it_may_call_loaders(model):
+    def weights() -> Weights:
+        first, (_, second), third, fourth = sent(1.0)
+        yield first
+        param = model[1].weight
+        param.weight_loader(param, second)
+        yield third
+        yield fourth
+
+    initialize_layerwise_reload(model, exposed=True)
+    model.load_weights(weights())
+    finalize_layerwise_reload(model, None)
+    assert values(model) == [1.0] * 4
