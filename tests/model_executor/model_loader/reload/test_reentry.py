@@ -3,6 +3,7 @@
 """An iterator that is asked for weights may drive its own sync meanwhile."""
 
 from collections.abc import Iterable
+from ctypes import memmove
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
+    transaction,
 )
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -95,3 +97,25 @@ def test_it_may_call_loaders(model):
     model.load_weights(weights())
     finalize_layerwise_reload(model, None)
     assert values(model) == [1.0] * 4
+
+
+def launch(batches) -> None:
+    """Copy as an accelerator does: when it is told to, and not before."""
+    for layout, (targets, sources) in batches.items():
+        assert layout.outer == layout.rows == 1
+        for target, source in zip(targets.tolist(), sources.tolist()):
+            memmove(target, source, layout.row_bytes)
+
+
+def test_it_may_load_a_list_and_then_overwrite_its_own_memory(model, monkeypatch):
+    monkeypatch.setattr(transaction, "batch_launcher", lambda device: launch)
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", "model")
+    bucket = torch.empty(4, 4)
+
+    def weights() -> Weights:
+        model.load_weights(sent(1.0, NAMES[:1]))
+        for value, name in enumerate(NAMES[1:], start=2):
+            yield name, bucket.fill_(value)
+
+    sync(model, weights())
+    assert values(model) == [1.0, 2.0, 3.0, 4.0]

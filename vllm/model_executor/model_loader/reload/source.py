@@ -69,7 +69,6 @@ class Source:
 
         """
         skip = self._skip_one if self._list is None else self._skip_in_list
-        self._planned.copies.put_off = self._list is not None
         while skip():
             self._on_loaded()
         self._planned.copies.flush()
@@ -78,6 +77,7 @@ class Source:
     def _skip_in_list(self) -> bool:
         """Go on until a staged tensor is complete; false if that does not happen."""
         complete = self._planned.completed
+        self._planned.copies.put_off = True
         # A default device, say, is a mode of its own, and costs more than a copy.
         with torch._C.DisableTorchFunction():
             while self._planned.completed == complete:
@@ -107,6 +107,8 @@ class Source:
         except BaseException as error:
             self.error = error
             raise
+        # Not before: what is iterated over may itself load a list.
+        self._planned.copies.put_off = False
         with torch._C.DisableTorchFunction():
             return self._take(sent)
 
