@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """An iterator that is asked for weights may drive its own sync meanwhile."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ctypes import memmove
 
 import pytest
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from vllm.model_executor.model_loader.reload import (
+    WeightSyncError,
+    abort_layerwise_reload,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
@@ -119,3 +121,23 @@ def test_it_may_load_a_list_and_then_overwrite_its_own_memory(model, monkeypatch
 
     sync(model, weights())
     assert values(model) == [1.0, 2.0, 3.0, 4.0]
+
+
+def staged_memory(load_weights: Callable) -> list[torch.Tensor | None]:
+    return [tensor.memory for tensor in load_weights.__self__._layers_of]
+
+
+@pytest.mark.parametrize("policy", ["layer", "model"])
+def test_nothing_is_staged_after_it_has_aborted(policy, model, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", policy)
+
+    def weights() -> Weights:
+        abort_layerwise_reload(model, "a test")
+        yield from sent(1.0)
+
+    initialize_layerwise_reload(model)
+    held = model.load_weights
+    with pytest.raises(WeightSyncError, match="aborted.*a test"):
+        held(weights())
+    assert staged_memory(held) == [None] * 4
+    assert values(model) == [0.0] * 4

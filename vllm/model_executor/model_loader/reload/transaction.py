@@ -285,6 +285,7 @@ class ReloadTransaction:
 
         """
         if self._failure is not None:
+            self._forget_staged()  # what came since, within a call
             return
         self._failure, self._ending = reason, Ending.of(error)
         mixture = self.mixture
@@ -297,13 +298,16 @@ class ReloadTransaction:
             )
         for layer in self._layers:
             self._committer.drop(layer)
-        for tensor in self._layers_of:
-            self._mode.forget(tensor)
-        self._kept.drop()
+        self._forget_staged()
         if mixture and self._rollback is not None and self._restored(self._rollback):
             self._reload.lost, self._reload.fenced = lost, fenced
             logger.warning("A weight sync failed when %s: rolled back.", mixture)
         self._report()
+
+    def _forget_staged(self) -> None:
+        for tensor in self._layers_of:
+            self._mode.forget(tensor)
+        self._kept.drop()
 
     def abort(self, reason: str, error: BaseException | None = None) -> None:
         """Drop what is staged, and close; see `fail`."""
