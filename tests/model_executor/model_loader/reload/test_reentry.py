@@ -15,8 +15,10 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
+    reload_status,
     transaction,
 )
+from vllm.model_executor.model_loader.reload.layerwise import prepare_layerwise_reload
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 NAMES = [f"{i}.weight" for i in range(4)]
@@ -141,3 +143,22 @@ def test_nothing_is_staged_after_it_has_aborted(policy, model, monkeypatch):
         held(weights())
     assert staged_memory(held) == [None] * 4
     assert values(model) == [0.0] * 4
+
+
+@pytest.mark.parametrize("policy", ["layer", "model"])
+def test_what_it_yields_after_it_has_prepared_is_refused(policy, model, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", policy)
+
+    def weights() -> Weights:
+        yield from sent(1.0)
+        prepare_layerwise_reload(model, None)
+        yield from sent(2.0) if policy == "model" else sent(1.0)
+
+    initialize_layerwise_reload(model)
+    with pytest.raises(WeightSyncError, match="takes no more tensors"):
+        model.load_weights(weights())
+    status = reload_status(model)
+    if policy == "model":
+        assert values(model) == [0.0] * 4 and status.state == "serving"
+    else:
+        assert values(model) == [1.0] * 4 and status.fenced

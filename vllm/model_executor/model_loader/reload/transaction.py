@@ -479,10 +479,12 @@ class ReloadTransaction:
         be sent again, and is an error at finish.
 
         Raises:
-            WeightSyncError: the sync was aborted from within a call, by whoever sends.
+            WeightSyncError: the sync was aborted or prepared from within a call, by
+                whoever sends.
 
         """
         self._check_open()
+        self._check_loading()
         touched = self._mode.take_touched()
         if touched:
             self._times.note_written(touched)
