@@ -76,14 +76,25 @@ def _watch(model: torch.nn.Module, weights: WatchedWeights) -> None:
         _unwatch(layer)  # a model inside a model is given shorter names
     load_weights: Any = getattr(model, "load_weights", None)
     if load_weights is not None:
-        vars(model)["load_weights"] = _WatchedLoad(load_weights, weights)
+        own = vars(model).get("load_weights")
+        vars(model)["load_weights"] = _WatchedLoad(load_weights, weights, own)
 
 
 class _WatchedLoad:
-    """A model's `load_weights`, which notes what it is at."""
+    """A model's `load_weights`, which notes what it is at.
 
-    def __init__(self, original: Callable, watched: WatchedWeights):
+    Args:
+        original: what it was.
+        watched: notes the weights.
+        own: the same, if it was the model's own and not its class's.
+
+    """
+
+    def __init__(
+        self, original: Callable, watched: WatchedWeights, own: Callable | None
+    ):
         update_wrapper(self, original)
+        self.own = own
         self._original = original
         self._watched = watched
 
@@ -92,8 +103,12 @@ class _WatchedLoad:
 
 
 def _unwatch(layer: torch.nn.Module) -> None:
-    if isinstance(vars(layer).get("load_weights"), _WatchedLoad):
-        del vars(layer)["load_weights"]
+    watched = vars(layer).get("load_weights")
+    if not isinstance(watched, _WatchedLoad):
+        return
+    del vars(layer)["load_weights"]
+    if watched.own is not None:
+        vars(layer)["load_weights"] = watched.own
 
 
 def _capture(

@@ -98,6 +98,8 @@ class ReloadTransaction:
         self._policy = policy
         self._rollback = rollback
         self._load_weights: Any = getattr(model, "load_weights", None)
+        # Somebody may have put one of their own before that of the class.
+        self._own_load_weights = vars(model).get("load_weights")
         self._exposed = exposed or self._load_weights is None
         placements = expert_placements(model)
         self._layers = stage_model(
@@ -391,6 +393,8 @@ class ReloadTransaction:
         self._committer.clear()  # whoever still holds this holds no staged memory
         if self._reload.transaction is self:
             vars(self._model).pop("load_weights", None)
+            if self._own_load_weights is not None:
+                vars(self._model)["load_weights"] = self._own_load_weights
             self._reload.transaction = None
 
     def _check_open(self) -> None:

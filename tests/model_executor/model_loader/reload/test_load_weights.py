@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""A sync takes a model's `load_weights`, and gives back what it has taken."""
+
+import pytest
+import torch
+from torch import nn
+
+from vllm.model_executor.model_loader.reload import (
+    abort_layerwise_reload,
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+from vllm.model_executor.model_loader.reload.layerwise import finish_first_load
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4, bias=False)
+        self.requires_grad_(False)
+
+    def load_weights(self, weights) -> None:
+        for _, tensor in weights:
+            self.inner.weight.data.copy_(tensor)
+
+
+@pytest.fixture
+def model() -> Model:
+    """One whose `load_weights` somebody has replaced by one that doubles."""
+    model = Model()
+    original = model.load_weights
+    model.load_weights = lambda weights: original((n, t * 2) for n, t in weights)
+    return model
+
+
+def sent(value: float) -> list[tuple[str, torch.Tensor]]:
+    return [("inner.weight", torch.full((4, 4), value))]
+
+
+def test_it_is_the_models_own_again_after_the_first_load(model):
+    own = model.load_weights
+    record_metadata_for_reloading(model)
+    model.load_weights(sent(1.0))
+    finish_first_load(model)
+    assert model.load_weights is own
+    assert model.inner.weight.eq(2).all()
+
+
+@pytest.mark.parametrize("plan", ["0", "1"])
+def test_it_is_the_models_own_again_after_a_sync(plan, model, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_PLAN", plan)
+    own = model.load_weights
+    record_metadata_for_reloading(model)
+    for value in (1.0, 2.0, 3.0):
+        initialize_layerwise_reload(model)
+        abort_layerwise_reload(model, "a test")
+        initialize_layerwise_reload(model)
+        model.load_weights(sent(value))
+        finalize_layerwise_reload(model, None)
+        assert model.load_weights is own
+        assert model.inner.weight.eq(2 * value).all()
+
+
+def test_it_is_that_of_the_class_again_otherwise():
+    model = Model()
+    record_metadata_for_reloading(model)
+    initialize_layerwise_reload(model)
+    model.load_weights(sent(1.0))
+    finalize_layerwise_reload(model, None)
+    assert "load_weights" not in vars(model)
