@@ -13,6 +13,7 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 from vllm.model_executor.model_loader.reload.layerwise import finish_first_load
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 
 class Model(nn.Module):
@@ -22,16 +23,21 @@ class Model(nn.Module):
         self.requires_grad_(False)
 
     def load_weights(self, weights) -> None:
+        param = self.inner.weight
         for _, tensor in weights:
-            self.inner.weight.data.copy_(tensor)
+            getattr(param, "weight_loader", default_weight_loader)(param, tensor)
+
+
+def double(model: Model) -> None:
+    """Replace its `load_weights` by one that doubles."""
+    original = model.load_weights
+    model.load_weights = lambda weights: original((n, t * 2) for n, t in weights)
 
 
 @pytest.fixture
 def model() -> Model:
-    """One whose `load_weights` somebody has replaced by one that doubles."""
     model = Model()
-    original = model.load_weights
-    model.load_weights = lambda weights: original((n, t * 2) for n, t in weights)
+    double(model)
     return model
 
 
@@ -70,3 +76,20 @@ def test_it_is_that_of_the_class_again_otherwise():
     model.load_weights(sent(1.0))
     finalize_layerwise_reload(model, None)
     assert "load_weights" not in vars(model)
+
+
+@pytest.mark.parametrize("syncs", [0, 1, 2])
+def test_no_route_of_one_goes_past_another(syncs, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_PLAN", "1")
+    model = Model()
+    model.inner.weight.weight_loader = lambda param, weight: param.data.copy_(weight)
+    record_metadata_for_reloading(model)
+    param = model.inner.weight
+    model.load_weights(sent(0.0))  # which gives it a route
+    for sync in range(4):
+        if sync == syncs:
+            double(model)
+        initialize_layerwise_reload(model)
+        model.load_weights(sent(1.0))
+        finalize_layerwise_reload(model, None)
+        assert param.eq(2 if sync >= syncs else 1).all()

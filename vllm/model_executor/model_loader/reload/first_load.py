@@ -19,6 +19,7 @@ from .meta import (
     parameter_storages,
     storage_address,
 )
+from .plan import loaded_by
 from .pristine import PristineLayer
 from .recording import FirstLoad, RecordingLoader
 from .registry import get_layerwise_info
@@ -76,6 +77,7 @@ def _watch(model: torch.nn.Module, weights: WatchedWeights) -> None:
         _unwatch(layer)  # a model inside a model is given shorter names
     load_weights: Any = getattr(model, "load_weights", None)
     if load_weights is not None:
+        get_layerwise_info(model).loaded_by = loaded_by(model)
         own = vars(model).get("load_weights")
         vars(model)["load_weights"] = _WatchedLoad(load_weights, weights, own)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 
@@ -18,7 +19,7 @@ from .placement import ExpertPlacement, layers_with
 from .route import Route
 from .route_table import Owed, RouteTable
 
-__all__ = ["Plan", "fingerprint"]
+__all__ = ["Plan", "fingerprint", "loaded_by"]
 
 
 @dataclass
@@ -65,7 +66,9 @@ def fingerprint(
     metas: Iterable[torch.Tensor],
     placements: Iterable[ExpertPlacement] = (),
 ) -> object:
-    """What routes depend on besides the names: layers' tensors and expert maps.
+    """What routes depend on besides the names.
+
+    That is layers' tensors, expert maps, and what loads the model.
 
     Args:
         model: the model.
@@ -81,4 +84,11 @@ def fingerprint(
     maps = (getattr(layer, "expert_map", None) for layer in holders)
     local = [m.tolist() for m in maps if isinstance(m, torch.Tensor)]
     layouts = [(m.shape, m.stride(), m.dtype) for m in metas]
-    return layouts, local, list(placements)
+    return layouts, local, list(placements), loaded_by(model)
+
+
+def loaded_by(model: torch.nn.Module) -> ref | None:
+    """The function that loads a model's weights: its class's, or one put before it."""
+    load_weights = getattr(model, "load_weights", None)
+    function = getattr(load_weights, "__func__", load_weights)
+    return None if function is None else ref(function)

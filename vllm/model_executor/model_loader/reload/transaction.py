@@ -29,7 +29,7 @@ from .idle_calls import IdleCalls
 from .kept import KeptTensors
 from .model_reload import ModelReload
 from .placement import expert_placements
-from .plan import Plan, fingerprint
+from .plan import Plan, fingerprint, loaded_by
 from .planned import PlannedCopies
 from .reach import SyncReach
 from .ready_layers import ReadyLayers
@@ -119,8 +119,11 @@ class ReloadTransaction:
         self._committer = Committer(model, reload, self._layers_of, *ways)
         metas = [tensor.meta for tensor in self._layers_of]
         self._layout = fingerprint(model, metas, placements.values())
-        # What the first load wrote says nothing of experts that have moved since.
-        if reload.first_loaded and reload.plan.layout is None and not placements:
+        # What the first load wrote says nothing of experts that have moved since, nor
+        # of what another function does.
+        as_loaded = get_layerwise_info(model).loaded_by == loaded_by(model)
+        is_first = reload.first_loaded and reload.plan.layout is None
+        if is_first and as_loaded and not placements:
             reload.plan.take_over(first_routes(self._layers_of), self._layout)
             for tensor in self._layers_of:
                 tensor.first_load.forget_routes()

@@ -65,6 +65,7 @@ class LayerReloadingInfo:
         staged: the layer's open staging, while it is being loaded.
         kernel_tensors: the tensors that serve, while others stand in their place.
         kernel_non_persistent_buffers: names of those buffers that are not persistent.
+        loaded_by: the function that loads the model whose root this module is.
         model: state of syncs into the model whose root this module is.
 
     """
@@ -81,6 +82,7 @@ class LayerReloadingInfo:
     staged: OpenLayer | None = None
     kernel_tensors: LayerTensors | None = None
     kernel_non_persistent_buffers: set[str] = field(default_factory=set)
+    loaded_by: ref | None = None
     model: ModelReload | None = None
 
     @property
