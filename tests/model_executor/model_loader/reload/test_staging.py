@@ -11,6 +11,7 @@ from vllm.model_executor.model_loader.reload.errors import WeightSyncError
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
 from vllm.model_executor.model_loader.reload.staging import (
+    StagedLayer,
     StagedLoader,
     StagedTensor,
     StagingMode,
@@ -77,6 +78,32 @@ def test_filling_with_one_value_is_not_loading():
     with StagingMode([tensor]):
         tensor.meta.data.fill_(1)
     assert not tensor.written
+
+
+def by_indices(meta: torch.Tensor) -> None:
+    meta.data[torch.arange(4)] = VALUES
+
+
+def by_group(meta: torch.Tensor) -> None:
+    torch._foreach_copy_([meta.data], [VALUES])
+
+
+def by_output(meta: torch.Tensor) -> None:
+    torch.add(VALUES, VALUES, out=meta.data)
+
+
+@pytest.mark.parametrize("load", [by_indices, by_group, by_output])
+def test_what_is_loaded_by_other_operators_is_missing(load):
+    tensor = staged()
+    layer = StagedLayer("layer", torch.nn.Module(), {"weight": tensor}, {}, [tensor])
+    assert not layer.received
+    with StagingMode([tensor]):
+        load(tensor.meta)
+    assert layer.received and not layer.changed
+    assert [finding.detail for finding in layer.missing()] == ["never sent"]
+    with StagingMode([tensor]):
+        by_data(tensor.meta)
+    assert layer.changed and not layer.missing()
 
 
 def test_loaders_see_values_as_created():
