@@ -28,7 +28,11 @@ def expected(tensor: torch.Tensor, rows: int) -> list[int]:
     words = tensor.cpu().view(torch.uint8).view(torch.int64).reshape(-1, rows, row)
     odd = [(k + 1) * group_sums.SPREAD.value | 1 for k in range(max(rows, row))]
     sums = [
-        sum(w * odd[i] * odd[r] for r, ws in enumerate(group) for i, w in enumerate(ws))
+        sum(
+            (w ^ (w >> 32 & 0xFFFFFFFF)) * odd[i] * odd[r]
+            for r, ws in enumerate(group)
+            for i, w in enumerate(ws)
+        )
         for group in words.tolist()
     ]
     return [(total + 2**63) % 2**64 - 2**63 for total in sums]

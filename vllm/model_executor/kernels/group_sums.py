@@ -7,8 +7,9 @@ G - groups of a tensor
 P - programs that share a tensor
 B - words that a program reads at a time
 
-A word is 64 bits. Word i of row r of a group counts m(i) * m(r) times, where m(k) is
-the odd number (k + 1) * SPREAD | 1, and sums are modulo 2**64.
+A word is 64 bits, the high half of which is mixed into the low one. Word i of row r of
+a group counts m(i) * m(r) times, where m(k) is the odd number (k + 1) * SPREAD | 1, and
+sums are modulo 2**64.
 """
 
 from collections.abc import Sequence
@@ -94,6 +95,7 @@ def _sum_kernel(table, sums, BLOCK: tl.constexpr):
             index_B = start + tl.arange(0, BLOCK)
             exists_B = index_B < size
             words_B = tl.load(words + group * size + index_B, mask=exists_B, other=0)
+            words_B ^= (words_B >> 32) & 0xFFFFFFFF
             sum_B += words_B * _odd(index_B % row) * _odd(index_B // row)
         tl.atomic_add(sums + first + group, tl.sum(sum_B), sem="relaxed")
 

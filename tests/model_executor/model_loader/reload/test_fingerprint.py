@@ -119,6 +119,19 @@ def test_any_changed_byte_is_refused(byte, committed):
         meta.copy_(other)
 
 
+@pytest.mark.parametrize("bit", range(64))
+@pytest.mark.parametrize("places", [(1, 3), (1, 13), (0, 8, 13, 23), (3, 21)])
+def test_changes_of_the_same_bit_do_not_cancel_each_other(places, bit, committed):
+    values = torch.arange(48.0).reshape(2, 6, 4)
+    mode, meta = committed(values)
+    other = values.clone()
+    words = other.view(-1).view(torch.int64)
+    for place in places:
+        words[place] ^= -(1 << 63) if bit == 63 else 1 << bit
+    with mode, pytest.raises(WeightSyncError, match="other values"):
+        meta.copy_(other)
+
+
 @pytest.mark.parametrize("part_bytes", [1, 12, 60, 1 << 20])
 @pytest.mark.parametrize("byte", [None, 0, 50, VALUES.nbytes - 1])
 def test_every_part_is_compared(byte, part_bytes, committed, monkeypatch):

@@ -5,9 +5,11 @@
 Once a layer is committed its staging is gone. Tensors that serve as they were staged
 tell what was sent, but they may have been repacked. To tell a repeated tensor from a
 changed one, 64 bits are then kept of the rows that were written together: the bytes of
-each, as little-endian integers b[i], summed as b[i] * m[i] modulo 2**64, and the sums
-of the rows summed in the same way. Multipliers m[i] are odd, so that any single changed
-byte changes the sum.
+each, as little-endian integers b[i], of which the high half is mixed into the low one,
+summed as b[i] * m[i] modulo 2**64, and the sums of the rows summed in the same way.
+Multipliers m[i] are odd, so that any single changed byte changes the sum. Modulo 2**64
+the highest bits would else count alike wherever they are: two signs that change would
+cancel each other.
 """
 
 from __future__ import annotations
@@ -174,7 +176,16 @@ def _row_sums(rows: torch.Tensor) -> torch.Tensor:
     multipliers = _multipliers(-(-row_bytes // 8), rows.device)
     step = max(1, _chunk_bytes(rows.device) // row_bytes)
     chunks = (rows[i : i + step] for i in range(0, rows.shape[0], step))
-    return torch.cat([_weighted_sums(_words(chunk), multipliers) for chunk in chunks])
+    words = (_mixed(_words(chunk)) for chunk in chunks)
+    return torch.cat([_weighted_sums(each, multipliers) for each in words])
+
+
+def _mixed(words: torch.Tensor) -> torch.Tensor:
+    """Integers with their high halves mixed into their low ones."""
+    high = words >> 32
+    high &= 0xFFFFFFFF  # the shift brings copies of the sign
+    high ^= words
+    return high
 
 
 def _weighted_sums(words: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
