@@ -132,6 +132,15 @@ def test_changes_of_the_same_bit_do_not_cancel_each_other(places, bit, committed
         meta.copy_(other)
 
 
+@pytest.mark.parametrize("offset", [1, 3, 4])
+def test_an_equal_tensor_may_lie_anywhere_in_a_bucket(offset, committed):
+    values = torch.arange(128, dtype=torch.uint8).reshape(2, 4, 16)
+    mode, meta = committed(values)
+    bucket = torch.empty(values.numel() + offset, dtype=torch.uint8)
+    with mode:
+        meta.copy_(bucket[offset:].view(values.shape).copy_(values))
+
+
 @pytest.mark.parametrize("part_bytes", [1, 12, 60, 1 << 20])
 @pytest.mark.parametrize("byte", [None, 0, 50, VALUES.nbytes - 1])
 def test_every_part_is_compared(byte, part_bytes, committed, monkeypatch):

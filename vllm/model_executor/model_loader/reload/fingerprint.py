@@ -208,4 +208,6 @@ def _words(rows: torch.Tensor) -> torch.Tensor:
     data = rows.contiguous().view(torch.uint8)
     if padding := -data.shape[-1] % 8:
         data = torch.nn.functional.pad(data, (0, padding))
+    elif data.storage_offset() % 8 or data.data_ptr() % 8:  # in a bucket, say
+        data = data.clone()
     return data.view(torch.int64)
