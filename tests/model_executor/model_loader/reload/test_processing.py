@@ -12,6 +12,7 @@ from tests.harness.memory import allocated
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import (
+    WeightSyncError,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
@@ -163,3 +164,53 @@ def test_what_is_processed_takes_the_place_of_what_was_staged(monkeypatch):
         with allocated() as count:
             sync(model, loaded)
         assert count.peak <= 9.1 * loaded["layer0.weight"].nbytes
+
+
+class Packing(QuantizeMethodBase):
+    def create_weights(self, layer, *args, **kwargs):
+        raise NotImplementedError
+
+    def apply(self, layer, *args, **kwargs):
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer):
+        layer.packed = layer.weight.data.T.contiguous()
+
+
+class TiedModel(torch.nn.Module):
+    """Its output projection packs what it shares with the embedding, and has a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = Projection(2, 3)
+        self.output = Projection(2, 3)
+        self.output.weight = self.embedding.weight
+        self.output.bias = Projection(2).weight
+        self.output.quant_method = Packing()
+
+    def load_weights(self, weights):
+        params = dict(self.named_parameters())
+        for name, tensor in weights:
+            params[name].weight_loader(params[name], tensor)
+
+
+@pytest.mark.parametrize("policy", ["layer", "model"])
+def test_what_shares_a_parameter_that_came_is_owed_as_a_whole(policy, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", policy)
+    monkeypatch.setenv("VLLM_RELOAD_ROLLBACK", "host")
+    model = TiedModel()
+    record_metadata_for_reloading(model)
+    zeros = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+    model.load_weights(zeros.items())
+    finish_first_load(model)
+    model.output.quant_method.process_weights_after_loading(model.output)
+    new = {name: tensor + 1 for name, tensor in zeros.items()}
+    initialize_layerwise_reload(model)
+    model.load_weights([("embedding.weight", new["embedding.weight"])])
+    with pytest.raises(WeightSyncError, match="output.bias: never sent"):
+        finalize_layerwise_reload(model, CONFIG)
+    assert not model.embedding.weight.any() and not model.output.packed.any()
+    initialize_layerwise_reload(model)
+    model.load_weights(new.items())
+    finalize_layerwise_reload(model, CONFIG)
+    assert model.embedding.weight.all() and model.output.packed.all()

@@ -423,7 +423,8 @@ class ReloadTransaction:
     def _check_complete(self) -> None:
         owes_all = bool(self._reload.lost)
         layers = [layer for layer in self._layers if not layer.committed]
-        owed = [layer for layer in layers if owes_all or layer.received]
+        # Also what shares a parameter with an earlier layer makes something of it.
+        owed = [x for x in layers if owes_all or x.received or x.changed]
         missing = [finding for layer in owed for finding in layer.missing()]
         missing += self._kept.waiting()
         changed = [layer for layer in layers if layer.changed]
