@@ -214,3 +214,23 @@ def test_what_shares_a_parameter_that_came_is_owed_as_a_whole(policy, monkeypatc
     model.load_weights(new.items())
     finalize_layerwise_reload(model, CONFIG)
     assert model.embedding.weight.all() and model.output.packed.all()
+
+
+@pytest.mark.parametrize("exposed", [False, True])
+@pytest.mark.parametrize("plan", ["0", "1"])
+def test_nothing_is_loaded_into_what_serves(plan, exposed, monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_PLAN", plan)
+    model = TiedModel()
+    record_metadata_for_reloading(model)
+    zeros = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+    model.load_weights(zeros.items())
+    finish_first_load(model)
+    model.output.quant_method.process_weights_after_loading(model.output)
+    ones = {name: tensor + 1 for name, tensor in zeros.items()}
+    initialize_layerwise_reload(model, exposed)
+    model.load_weights(ones.items())
+    assert model.embedding.weight.all() and model.output.packed.all()
+    model.load_weights(ones.items())
+    with pytest.raises(WeightSyncError, match="came again with other values"):
+        model.load_weights(zeros.items())
+    assert model.embedding.weight.all() and model.output.packed.all()

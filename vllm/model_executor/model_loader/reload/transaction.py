@@ -442,15 +442,14 @@ class ReloadTransaction:
             return
         self._loading = True
         for layer in self._layers:
-            if not layer.committed or not self._exposed:
-                layer.show()
+            layer.show()
         try:
             with self._mode:
                 yield
         finally:
             self._loading = False
-            if not self._exposed:
-                for layer in self._layers:
+            for layer in self._layers:
+                if layer.committed or not self._exposed:
                     layer.hide()
 
     def _watching(self) -> AbstractContextManager:
@@ -512,7 +511,7 @@ class ReloadTransaction:
             layer.hide()
         self._committer.commit(layers)
         for layer in shown:
-            if not (self._exposed and layer.committed):
+            if self._loading or not layer.committed:
                 layer.show()
 
     def _left(self) -> list[StagedLayer]:
