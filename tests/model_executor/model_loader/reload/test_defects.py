@@ -18,6 +18,7 @@ from vllm.model_executor.model_loader.reload import (
     abort_layerwise_reload,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
+    record_metadata_for_reloading,
     reload_status,
 )
 
@@ -355,3 +356,46 @@ def test_tensors_that_came_to_share_memory_must_stay_equal(policy, make_model):
 def test_finish_without_start_is_an_error(server):
     with pytest.raises(WeightSyncError, match="no weight sync is open"):
         finalize_layerwise_reload(server.built.model, None)
+
+
+HALVES = ("top", "bottom")
+
+
+class TwoLayers(torch.nn.Module):
+    """Layers that come in halves."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(4, 4, bias=False)
+        self.second = torch.nn.Linear(4, 4, bias=False)
+        self.requires_grad_(False)
+
+    def load_weights(self, weights) -> None:
+        for name, tensor in weights:
+            layer, half = name.split(".")
+            rows = slice(2) if half == "top" else slice(2, 4)
+            getattr(self, layer).weight.data[rows].copy_(tensor)
+
+
+def test_without_a_first_load_each_layer_is_owed_until_it_came(policy):
+    halves = torch.ones(2, 4)
+    sent = {f"{layer}.{h}": halves for layer in ("first", "second") for h in HALVES}
+    model = TwoLayers()
+    record_metadata_for_reloading(model)
+    before = model.second.weight.clone()
+
+    def sync(*names: str) -> None:
+        initialize_layerwise_reload(model)
+        model.load_weights([(name, sent[name]) for name in names])
+        finalize_layerwise_reload(model, None)
+
+    sync("first.top", "first.bottom")
+    for _ in range(2):
+        with pytest.raises(WeightSyncError, match="second.weight: never sent"):
+            sync("second.top")
+        assert torch.equal(model.second.weight, before)
+    sync("second.bottom", "second.top")
+    assert model.second.weight.eq(1).all()
+    sync(*sent)
+    with pytest.raises(WeightSyncError, match="second.weight: never sent"):
+        sync("second.top")
