@@ -8,7 +8,12 @@ from typing import Any
 
 from vllm.config import ModelConfig
 
-from .layerwise import finalize_layerwise_reload, initialize_layerwise_reload
+from .layerwise import (
+    _model_reload,
+    abort_layerwise_reload,
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 __all__ = ["set_torchao_reload_attrs", "support_quantized_model_reload_from_hp_weights"]
 
@@ -31,12 +36,16 @@ def support_quantized_model_reload_from_hp_weights(
     @wraps(original_load_weights)
     def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = self.module
-        in_sync = "load_weights" in vars(model)
+        in_sync = _model_reload(model).transaction is not None
         if in_sync or not getattr(model, "_do_torchao_reload", False):
             return original_load_weights(self, *args, **kwargs)
         initialize_layerwise_reload(model, exposed=True)
-        loaded = original_load_weights(self, *args, **kwargs)
-        finalize_layerwise_reload(model, model._model_config)
+        try:
+            loaded = original_load_weights(self, *args, **kwargs)
+            finalize_layerwise_reload(model, model._model_config)
+        except BaseException as error:
+            abort_layerwise_reload(model, f"loading weights: {error!r}", error)
+            raise
         return loaded
 
     return load_weights
