@@ -125,3 +125,27 @@ def test_a_model_that_collects_its_weights_loads_them_in_each_sync():
     for value in (0.0, 1.0, 2.0):
         sync(model, value, [NAMES])
         assert all(layer.weight.eq(value).all() for layer in model.layers)
+
+
+class Tying(Model):
+    """Ties a matrix to another unless it was given that one."""
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        loaded = super().load_weights(weights)
+        if "tied.weight" not in loaded:
+            tie(self)
+        return loaded
+
+
+def test_what_came_past_the_model_is_not_written_over(monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", "model")
+    model = Tying(nothing).requires_grad_(False)
+    record_metadata_for_reloading(model)
+    both = [[*NAMES, LAST, "tied.weight"]]
+    sync(model, 1.0, both)
+    with pytest.raises(WeightSyncError, match="tied.weight: .* VLLM_RELOAD_PLAN=0"):
+        sync(model, 2.0, both)
+    assert model.tied.weight.eq(1).all()
+    monkeypatch.setenv("VLLM_RELOAD_PLAN", "0")
+    sync(model, 2.0, both)
+    assert model.tied.weight.eq(2).all()

@@ -91,6 +91,7 @@ class PlannedCopies:
                 continue
             self.copies.add(copy, tensor, staged.materialize())
             staged.ledger.write(*copy.boxes)
+            staged.planned = True
             self._note_complete(staged)
         self.layers[route.copies[0].tensor[0] if route.copies else None] += 1
         return True
@@ -195,6 +196,7 @@ class PlannedCopies:
             for number, place in zip(number_m, place_m):
                 self.copies.add(self._table.copies[number], weights[place][1], memory)
         self.layers[kind.layer] += len(place_m)
+        staged.planned = True
         self._note_complete(staged)
         return True
 

@@ -50,10 +50,17 @@ class RouteRecorder:
         self._writers: dict[tuple, str] = {}
         self._refused: set[str] = set()
         self._are_kept = False
+        # Tensors that the model makes of others, and may make in spite of what came.
+        self._made: set[tuple[str, str]] = set()
         self._name = ""
         self._tensor: torch.Tensor | None = None
         self._copies: list[Copy] = []
         self._derived: set[int] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no loader was given a tensor just now."""
+        return self._tensor is None
 
     @property
     def count(self) -> int:
@@ -91,6 +98,7 @@ class RouteRecorder:
             # Given to the model before, unless it is another staged tensor's.
             is_staged = isinstance(source, torch.Tensor) and _storage(source) in staged
             self._are_kept |= not is_staged
+            self._made.add(target.key)
         elif not isinstance(source, torch.Tensor):
             self.refuse()
         elif not self._is_current(source) or source.dtype != tensor.dtype:
@@ -166,7 +174,9 @@ class RouteRecorder:
         return {
             name: route
             for name, route in self._routes.items()
-            if name not in self._refused and (route.copies or len(route.spec.shape) > 1)
+            if name not in self._refused
+            and (route.copies or len(route.spec.shape) > 1)
+            and self._made.isdisjoint(copy.tensor for copy in route.copies)
         }
 
     def _is_mine(self, tensor: torch.Tensor) -> bool:

@@ -55,6 +55,7 @@ class StagedTensor:
         until: when it lost it.
         closed: whether its layer was committed.
         sealed: what had been staged when it was closed.
+        planned: whether this sync brought any of it past the model.
 
     """
 
@@ -72,6 +73,7 @@ class StagedTensor:
     until: float | None = None
     closed: bool = False
     sealed: Fingerprint | None = None
+    planned: bool = False
 
     def materialize(self) -> torch.Tensor:
         """Its memory; allocated, and set to the create-time value, on first use."""
@@ -486,6 +488,11 @@ class StagingMode(TorchDispatchMode):
                 self._recorder.refuse()
             tensor.check_repeated(view, source)
             return view
+        if tensor.planned and self._recorder is not None and self._recorder.is_idle:
+            raise tensor.refuse(
+                "the model, which was not given it, makes it of others; "
+                "set VLLM_RELOAD_PLAN=0"
+            )
         result = func(*args, **kwargs)
         boxes = tuple(boxes_of_view(view, tensor.meta))
         if self._recorder is not None:
