@@ -200,7 +200,7 @@ def _multipliers(count: int, device: torch.device) -> torch.Tensor:
 
 def _chunk_bytes(device: torch.device) -> int:
     """Bytes to take at a time: what a processor's cache holds, or worth a launch."""
-    return 1 << 19 if device.type == "cpu" else 1 << 25
+    return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def _words(rows: torch.Tensor) -> torch.Tensor:
