@@ -122,11 +122,13 @@ class StagedTensor:
         return not self.ledger.untouched
 
     def learn(self) -> None:
-        """Take what this sync wrote for what the next one owes."""
+        """Take what this sync wrote, or left out, for what the next one owes."""
         if self.written:
             self.first_load.take_over(self.calls)
             boxes = sorted(set(self.ledger.written), key=lambda box: box.start)
             self.first_load.owed = Ledger(boxes)
+        elif not self.ledger.complete:
+            self.first_load.owed = self.ledger.fresh()
 
     def check_repeated(self, view: torch.Tensor, source: object) -> None:
         """Refuse a write after closing, unless it repeats what was staged."""

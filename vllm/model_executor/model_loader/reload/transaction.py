@@ -322,8 +322,7 @@ class ReloadTransaction:
 
     def _succeed(self) -> None:
         # Of a part nobody knows what its loaders keep for the rest.
-        is_whole = all(tensor.ledger.complete for tensor in self._layers_of)
-        if is_whole:
+        if all(tensor.ledger.complete for tensor in self._layers_of):
             self._reload.plan.take_over(self._recorder.routes(), self._layout)
             self._reload.unchecked = ""
         if not self._reload.first_loaded:
@@ -333,7 +332,7 @@ class ReloadTransaction:
             kept = self._reload.checksums if self._checksums.are_all else {}
             self._reload.checksums = kept | self._checksums.as_text()
         self._reload.version += 1
-        self._reload.first_loaded |= is_whole  # or the rest would owe nothing
+        self._reload.first_loaded = True
         self._reload.lost, self._reload.fenced = "", False
         self._reload.reach = SyncReach.of(self._layers_of)
         for layer in self._layers:
