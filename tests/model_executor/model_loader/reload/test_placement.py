@@ -11,6 +11,7 @@ from tests.checkpoints import CASES, Case
 from tests.harness.models import Built
 from vllm.distributed.eplb.eplb_state import EplbLayerState
 from vllm.model_executor.model_loader.reload import (
+    WeightSyncError,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
@@ -118,6 +119,19 @@ def test_every_copy_of_an_expert_is_loaded_once():
 def test_a_loader_without_experts_is_called_as_ever():
     placement = ExpertPlacement(((1,), (0,)))
     assert placement.load(lambda param, weight: weight, (None, 3), {}) == 3
+
+
+def test_all_experts_at_once_are_refused_where_they_have_moved():
+    def load_all(param, loaded_weight, expert_id):
+        param.copy_(loaded_weight)
+
+    here = torch.zeros(2, 2, 2)
+    args = here, torch.ones(2, 2, 2), 0
+    with pytest.raises(WeightSyncError, match="one by one"):
+        ExpertPlacement(((1,), (0,))).load(load_all, args, {})
+    assert here.eq(0).all()
+    ExpertPlacement(((0,), (1,))).load(load_all, args, {})
+    assert here.eq(1).all()
 
 
 def test_layers_that_are_not_balanced_have_no_placement(make_model):

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .errors import WeightSyncError
+
 __all__ = ["ExpertPlacement", "expert_placements", "layers_with"]
 
 
@@ -54,11 +56,21 @@ class ExpertPlacement:
         Returns:
             What the loader returns; True if any of the places is on this rank.
 
+        Raises:
+            WeightSyncError: the call is for all experts of the rank, as they were at
+                first.
+
         """
         call = inspect.signature(loader).bind(*args, **kwargs)
         expert = call.arguments.get("expert_id")
         if expert is None:
             return loader(*args, **kwargs)
+        is_fused = getattr(call.arguments.get("loaded_weight"), "ndim", 0) > 2
+        if is_fused and any(row != (i,) for i, row in enumerate(self.places)):
+            raise WeightSyncError(
+                "load balancing has moved experts, which the model loads all at once "
+                "to where they were; send them one by one, or load the checkpoint anew"
+            )
         loaded = []
         for place in self.places[expert] if expert < len(self.places) else ():
             call.arguments["expert_id"] = place
