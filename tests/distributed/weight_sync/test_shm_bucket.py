@@ -40,6 +40,20 @@ def test_a_bucket_outlives_its_trainer():
     assert bucket.memory()[0] == 7
 
 
+def test_a_segment_is_not_read_in_the_place_of_a_later_one():
+    made = SharedMemory(f"{PREFIX}{uuid4().hex}", create=True, size=4096)
+    bucket = Bucket(made.name)
+    made.unlink()
+    later = SharedMemory(made.name, create=True, size=4096)
+    try:
+        with pytest.raises(ValueError, match="another one .*init_weight_transfer"):
+            bucket.memory()
+    finally:
+        made.close()
+        later.close()
+        later.unlink()
+
+
 def test_a_segment_of_something_else_is_not_opened():
     other = SharedMemory(create=True, size=4096)
     try:

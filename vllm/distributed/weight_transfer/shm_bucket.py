@@ -49,15 +49,21 @@ class Bucket:
                 f"digits, '-' and '_', got {segment!r:.200}"
             )
         self.segment = segment
-        self._map = _mapped(segment)
+        self._map, self._identity = _mapped(segment)
 
     def memory(self) -> torch.Tensor:
         """Return its memory, uint8 [bytes].
 
         Raises:
             ValueError: the trainer has cut it down; to read on would end this process.
+                Or another segment has its name now.
 
         """
+        if _identity_of(self.segment) not in (self._identity, None):
+            raise ValueError(
+                f"segment {self.segment!r} is another one than when it was opened; "
+                "call init_weight_transfer_engine again"
+            )
         size = len(self._map)
         if self._map.size() < size:
             raise ValueError(
@@ -67,7 +73,16 @@ class Bucket:
         return torch.frombuffer(self._map, dtype=torch.uint8)
 
 
-def _mapped(segment: str) -> mmap.mmap:
+def _identity_of(segment: str) -> tuple[int, int] | None:
+    """What tells a segment from an earlier one of its name; None if there is none."""
+    try:
+        found = os.stat(_FOLDER / segment, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _mapped(segment: str) -> tuple[mmap.mmap, tuple[int, int]]:
     try:
         descriptor = os.open(_FOLDER / segment, os.O_RDWR | os.O_NOFOLLOW)
     except OSError as error:
@@ -80,6 +95,6 @@ def _mapped(segment: str) -> mmap.mmap:
             raise ValueError(f"segment {segment!r} is not of this engine's user")
         if not found.st_size:
             raise ValueError(f"segment {segment!r} is empty")
-        return mmap.mmap(descriptor, found.st_size)
+        return mmap.mmap(descriptor, found.st_size), (found.st_dev, found.st_ino)
     finally:
         os.close(descriptor)
