@@ -60,6 +60,7 @@ class Source:
         self._kept = kept
         self._tensor: torch.Tensor | None = None
         self._is_left = False
+        self._lent: torch.Tensor | None = None
 
     def skip_planned(self) -> bool:
         """Stage the tensors with routes.
@@ -72,6 +73,9 @@ class Source:
         while skip():
             self._on_loaded()
         self._planned.copies.flush()
+        if self._is_left:
+            assert self.name is not None and self._tensor is not None
+            self._lent = self._kept.lend(self.name, self._tensor)
         return self._is_left
 
     def _skip_in_list(self) -> bool:
@@ -125,13 +129,18 @@ class Source:
         while is_left:
             assert self.name is not None and self._tensor is not None
             self._recorder.begin(self.name, self._tensor)
-            # Held by nobody here, or it would be taken for kept.
-            yield self.name, self._kept.lend(self.name, self._tensor)
+            yield self.name, self._hand_over()
             self._recorder.end()
             self._on_loaded()
             # Not only paused: a mode costs more than a copy.
             with _disable_current_modes():
                 is_left = self.skip_planned()
+
+    def _hand_over(self) -> torch.Tensor:
+        """What the model is given, which is held by nobody here from now on."""
+        lent, self._lent = self._lent, None
+        assert lent is not None
+        return lent
 
     def explain(self, error: BaseException) -> WeightSyncError:
         """The error of a loader, in terms of the tensor that it was loading."""
