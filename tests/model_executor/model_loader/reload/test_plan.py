@@ -2,8 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """A tensor takes its loader's way past the loader, or goes through it again."""
 
+from ctypes import memmove
+from itertools import product
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.checkpoints import CASES, chunks
 from tests.harness.snapshot import assert_same, snapshot
@@ -22,6 +27,7 @@ from vllm.model_executor.model_loader.reload.planned import PlannedCopies
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.route import Copy, Route
+from vllm.model_executor.model_loader.reload.route_table import RouteTable
 from vllm.model_executor.model_loader.reload.routing import RouteRecorder
 from vllm.model_executor.model_loader.reload.staging import (
     StagedTensor,
@@ -405,3 +411,67 @@ def test_values_of_another_type_are_cast():
     narrow = torch.zeros(3, dtype=torch.uint8)
     copy_values(narrow, torch.tensor([True, False, True]))
     assert narrow.tolist() == [1, 0, 1]
+
+
+# Tensors of which each is loaded into a part of a layer's, [4, 6] or [2, 4, 6].
+PARTS = {
+    "all": lambda target: target,
+    "transposed": lambda target: target.transpose(-1, -2),
+    "top": lambda target: target[..., :2, :],
+    "top too": lambda target: target[..., :2, :],
+    "bottom": lambda target: target[..., 2:, :],
+    "middle": lambda target: target[..., 1:3, :],
+    "left": lambda target: target[..., :3],
+    "first": lambda target: target[:1],
+    "second": lambda target: target[1:2],
+    "second's top": lambda target: target[1:2, ..., :2],
+    "cast": lambda target: target[..., :2, :],
+}
+
+
+def launch(batches) -> None:
+    """Copy what waits, in the order of the layouts."""
+    for layout, addresses in batches.items():
+        steps = product(range(layout.outer), range(layout.rows))
+        for (target, source), (i, j) in product(addresses.T.tolist(), steps):
+            target += i * layout.target_outer + j * layout.target_row
+            source += i * layout.source_outer + j * layout.source_row
+            memmove(target, source, layout.row_bytes)
+
+
+def tensor_for(name: str, shape: tuple[int, ...], value: float) -> torch.Tensor:
+    dtype = torch.float64 if name == "cast" else torch.float32
+    part = PARTS[name](torch.empty(shape))
+    return torch.full(part.shape, value, dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 4, 6)])
+@pytest.mark.parametrize("owed", [["all"], ["top", "bottom"]], ids=str)
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([*PARTS]), max_size=8))
+def test_parts_under_several_names_are_copied_in_order(owed, shape, names):
+    """Each was recorded in a sync without the others."""
+    routes: dict[str, Route] = {}
+    boxes: list[Box] = []
+    for name, part in PARTS.items():
+        target = staged(shape)
+        sent = {name: tensor_for(name, shape, 0.0)}
+        routes |= record(target, lambda meta, t: part(meta).copy_(t), **sent)  # noqa: B023
+        boxes += target.ledger.written if name in owed else []
+    target, copies = staged(shape, owed=boxes), Copies(launch)
+    table = RouteTable(routes, {target.key: target.ledger.numbers})
+    planned = PlannedCopies(routes, [target], lambda _: None, copies, table, 1e9)
+    copies.put_off = True
+    target.materialize().zero_()
+    weights = [(n, tensor_for(n, shape, float(i))) for i, n in enumerate(names, 1)]
+    place = 0
+    while place < len(weights):
+        before, place = place, planned.take_run(weights, place)
+        if place == before:
+            assert planned.take(*weights[place])
+            place += 1
+    copies.flush()
+    expected = torch.zeros(shape)
+    for name, tensor in weights:
+        PARTS[name](expected).copy_(tensor)
+    assert torch.equal(target.memory, expected)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from ctypes import memmove
 from functools import partial
 
@@ -15,6 +15,7 @@ import torch
 from vllm.model_executor.kernels.strided import Strided
 from vllm.triton_utils import HAS_TRITON
 
+from .ledger import Box
 from .route import Copy
 
 __all__ = ["Copies", "batch_launcher", "copy_values"]
@@ -24,6 +25,9 @@ Batches = Mapping[Strided, np.ndarray]
 Launch = Callable[[Batches], None]
 # Of targets and of sources.
 _Addresses = tuple[np.ndarray, np.ndarray]
+# Names of a layer and of its tensor.
+_Key = tuple[str, str]
+_Write = tuple[Box, Strided]
 
 # Of longer runs torch has its threads copy a share each.
 _BYTES_OF_ONE_THREAD = 1 << 15
@@ -62,6 +66,8 @@ class Copies:
         self._launch = launch
         self._waiting: defaultdict[Strided, dict[int, int]] = defaultdict(dict)
         self._runs: defaultdict[Strided, list[_Addresses]] = defaultdict(list)
+        # What waits to be written: where in each tensor, if one by one, by expert.
+        self._boxes: defaultdict[_Key, dict[int, set[_Write]]] = defaultdict(dict)
 
     @property
     def can_wait(self) -> bool:
@@ -75,10 +81,11 @@ class Copies:
         source = tensor.data_ptr() + copy.source_bytes
         on_device = tensor.get_device() == memory.get_device()
         if self.can_wait and layout and on_device:
+            self._keep_in_order(copy, layout)
             self._waiting[layout][target] = source
             return
         # Of a repeated target the last source counts.
-        if layout in self._waiting or layout in self._runs:
+        if copy.tensor in self._boxes:
             self.flush()
         if layout and _is_short(layout) and tensor.is_cpu and memory.is_cpu:
             memmove(target, source, layout.row_bytes)
@@ -86,16 +93,36 @@ class Copies:
             part = tensor if copy.source is None else copy.source.on(tensor)
             copy_values(copy.target.on(memory.data), part)
 
+    def _keep_in_order(self, copy: Copy, layout: Strided) -> None:
+        """Carry out what waits and shares a part of its target with `copy`.
+
+        A launch copies all at once. Tensors under other names may share parts, such as
+        gate and up with one that fuses them; the same ones take each other's place.
+        """
+        writes = [(box, layout) for box in copy.boxes]
+        waiting = self._boxes[copy.tensor]
+        if any(
+            write != other and write[0].meets(other[0])
+            for write in writes
+            for other in _near(waiting, write[0])
+        ):
+            self.flush()
+            waiting = self._boxes[copy.tensor]
+        for write in writes:
+            waiting.setdefault(_lane(write[0]), set()).add(write)
+
     def add_run(
-        self, layout: Strided, targets: np.ndarray, sources: np.ndarray
+        self, key: _Key, layout: Strided, targets: np.ndarray, sources: np.ndarray
     ) -> None:
         """Put off copies to what nothing was copied to, from and to these addresses."""
         self._runs[layout].append((targets, sources))
+        _ = self._boxes[key]  # what comes one by one is carried out after it
 
     def flush(self) -> None:
         """Carry out what was put off."""
         runs, self._runs = self._runs, defaultdict(list)
         waiting, self._waiting = self._waiting, defaultdict(dict)
+        self._boxes.clear()
         # What came one by one may have come again, and the last counts.
         ones = {layout: [_addresses(pairs)] for layout, pairs in waiting.items()}
         # A default device, say, is a mode of its own, and costs more than a launch.
@@ -113,6 +140,19 @@ def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
     if target.dtype == source.dtype and target.dtype.itemsize == 1:
         target, source = target.view(torch.uint8), source.view(torch.uint8)
     target.copy_(source)
+
+
+def _lane(box: Box) -> int:
+    """The one expert that a box is in; -1 if there are none, or it is in several."""
+    start, stop = box.start, box.stop
+    return start[0] if len(start) > 2 and stop[0] == start[0] + 1 else -1
+
+
+def _near(waiting: Mapping[int, set[_Write]], box: Box) -> Iterator[_Write]:
+    """Those writes that may share a part with a box."""
+    lane = _lane(box)
+    lanes = waiting if lane < 0 else (lane, -1)
+    return (write for each in lanes for write in waiting.get(each, ()))
 
 
 def _addresses(sources: Mapping[int, int]) -> _Addresses:

@@ -191,7 +191,8 @@ class PlannedCopies:
             return False
         if self.copies.can_wait:
             targets = memory.data_ptr() + target_m
-            self.copies.add_run(kind.layout, targets, source_n[place_m])
+            sources = source_n[place_m]
+            self.copies.add_run(kind.tensor, kind.layout, targets, sources)
         else:
             for number, place in zip(number_m, place_m):
                 self.copies.add(self._table.copies[number], weights[place][1], memory)
