@@ -256,13 +256,20 @@ def test_a_repeated_tensor_has_no_route():
 
 
 @pytest.mark.parametrize(
-    "tensor", [A[:3], A.bfloat16(), B.t().contiguous().t()], ids=str
+    "tensor",
+    [A[:3], A.bfloat16(), B.t().contiguous().t(), torch._neg_view(A)],
+    ids=str,
 )
 def test_what_does_not_fit_goes_through_its_loader(tensor):
     routes = record(staged(), whole, a=A)
     planned = PlannedCopies(routes, [staged()], lambda _: None)
     assert not planned.take("a", tensor) and not planned.take("b", A)
     assert planned.taken == 0
+    target = staged()
+    table = RouteTable(routes, {target.key: target.ledger.numbers})
+    planned = PlannedCopies(routes, [target], lambda _: None, None, table)
+    assert planned.take_run([("a", tensor)], 0) == 0
+    assert planned.take_run([("a", A)], 0) == 1
 
 
 def model_with(expert_map):

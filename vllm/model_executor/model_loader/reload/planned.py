@@ -154,6 +154,7 @@ class PlannedCopies:
                 or not tensor.is_contiguous()
                 or tensor.get_device() != device
                 or type(tensor).__torch_dispatch__ is not PLAIN_DISPATCH
+                or tensor.is_neg()
             ):
                 break
             if layer != current and layer is not None:

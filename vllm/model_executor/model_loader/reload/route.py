@@ -86,6 +86,7 @@ class Route:
             and tensor.dtype is spec.dtype
             and tensor.is_contiguous()
             and type(tensor).__torch_dispatch__ is PLAIN_DISPATCH
+            and not tensor.is_neg()  # torch negates such a one as it reads it
         )
 
 
