@@ -107,10 +107,11 @@ def main() -> None:
     workload = Workload(options.layers or layers, *sizes, options.bucket)
     result: dict[str, list[Row]] = {}
     for what in options.sweeps:
-        rows = sweep(workload, what, options.repeats, options.history)
-        result[what] = list(rows)
-        if options.out is not None:
-            options.out.write_text(json.dumps(result, indent=2) + "\n")
+        rows = result.setdefault(what, [])
+        for row in sweep(workload, what, options.repeats, options.history):
+            rows.append(row)
+            if options.out is not None:  # whatever may end a sweep of hours
+                options.out.write_text(json.dumps(result, indent=2) + "\n")
     Console(width=110).print(table(result))
 
 

@@ -124,3 +124,47 @@ def test_a_sync_does_its_calls_in_order(device, monkeypatch):
 def test_a_cpu_has_no_streams():
     with StreamOrder.on([torch.device("cpu")]).call():
         pass
+
+
+class Pair(torch.nn.Module):
+    """A layer of two tensors."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        for name in ("first", "second"):
+            param = torch.nn.Parameter(torch.zeros(256, 256, device=device), False)
+            self.register_parameter(name, param)
+
+    def load_weights(self, weights) -> None:
+        for name, tensor in weights:
+            getattr(self, name).data.copy_(tensor)
+
+
+def keep_busy(device: str) -> None:
+    """Queue work that takes longer than Python needs for a sync."""
+    values = torch.ones(8192, 8192, device=device)
+    for _ in range(30):
+        values = values @ values
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="a CPU has no streams")
+def test_a_commit_waits_for_what_another_stream_has_yet_to_stage():
+    device = torch.accelerator.current_accelerator().type
+    model = Pair(device)
+    record_metadata_for_reloading(model)
+    streams = [torch.Stream(device=device) for _ in range(2)]
+    for value in (1.0, 2.0, 3.0):  # as first loaded, by its loaders, and by their routes
+        sent = torch.full((256, 256), value, device=device)
+        torch.accelerator.synchronize()
+        if value > 1:
+            initialize_layerwise_reload(model)
+        with streams[0]:
+            keep_busy(device)
+            model.load_weights([("first", sent)])
+        with streams[1]:
+            model.load_weights([("second", sent)])
+        if value > 1:
+            finalize_layerwise_reload(model, None)
+        served = model.first.clone(), model.second.clone()
+        torch.accelerator.synchronize()
+        assert value == 1 or all(tensor.eq(value).all() for tensor in served)
