@@ -149,11 +149,14 @@ def keep_busy(device: str) -> None:
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="a CPU has no streams")
 def test_a_commit_waits_for_what_another_stream_has_yet_to_stage():
-    device = torch.accelerator.current_accelerator().type
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    device = accelerator.type
     model = Pair(device)
-    record_metadata_for_reloading(model)
+    with accelerator:
+        record_metadata_for_reloading(model)
     streams = [torch.Stream(device=device) for _ in range(2)]
-    for value in (1.0, 2.0, 3.0):  # as first loaded, by its loaders, and by their routes
+    for value in (1.0, 2.0, 3.0):  # of which the first is no sync
         sent = torch.full((256, 256), value, device=device)
         torch.accelerator.synchronize()
         if value > 1:
