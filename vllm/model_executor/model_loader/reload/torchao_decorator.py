@@ -9,10 +9,10 @@ from typing import Any
 from vllm.config import ModelConfig
 
 from .layerwise import (
-    _model_reload,
     abort_layerwise_reload,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
+    tensors_sent,
 )
 
 __all__ = ["set_torchao_reload_attrs", "support_quantized_model_reload_from_hp_weights"]
@@ -36,7 +36,7 @@ def support_quantized_model_reload_from_hp_weights(
     @wraps(original_load_weights)
     def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = self.module
-        in_sync = _model_reload(model).transaction is not None
+        in_sync = tensors_sent(model) is not None
         if in_sync or not getattr(model, "_do_torchao_reload", False):
             return original_load_weights(self, *args, **kwargs)
         initialize_layerwise_reload(model, exposed=True)
