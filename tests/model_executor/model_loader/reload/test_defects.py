@@ -291,6 +291,22 @@ def test_layers_that_receive_nothing_keep_their_weights(server):
         assert_same({path: now[path]}, {path: (cold if new else server.before)[path]})
 
 
+@pytest.mark.parametrize("policy", ["layer", "model"])
+def test_experts_are_not_owed_for_what_they_read_of_their_router(
+    policy, make_model, cold_load, monkeypatch
+):
+    """In DeepSeek-V3 its correction bias is a parameter of the experts' layer too."""
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", policy)
+    case = CASES["deepseek_v3-fp8_block"]
+    model, _ = built = make_model(case, seed=1)
+    sync_parts(built, [[(n, t) for n, t in case.tensors(2) if ".experts." not in n]])
+    now, new, old = snapshot(model), cold_load(case, 2), cold_load(case, 1)
+    assert any(path.endswith("routed_experts.e_score_correction_bias") for path in now)
+    for path in now:
+        is_kept = ".experts.routed_experts." in path and "bias" not in path
+        assert_same({path: now[path]}, {path: (old if is_kept else new)[path]})
+
+
 def test_addresses_stay(server):
     def addresses():
         params = server.built.model.named_parameters()

@@ -325,6 +325,15 @@ class StagedLayer:
         return any(tensor.written for tensor in self.tensors)
 
     @property
+    def shares_changed_matrix(self) -> bool:
+        """Whether this sync wrote a matrix that it shares with an earlier layer.
+
+        It may serve what it has packed of that one. A vector it reads as it is, such as
+        experts the correction bias of their router.
+        """
+        return any(t.tied and t.written and t.meta.dim() > 1 for t in self.tensors)
+
+    @property
     def complete(self) -> bool:
         return all(tensor.ledger.complete for tensor in self.tensors)
 

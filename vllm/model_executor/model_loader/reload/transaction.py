@@ -423,11 +423,15 @@ class ReloadTransaction:
     def _check_complete(self) -> None:
         owes_all = bool(self._reload.lost)
         layers = [layer for layer in self._layers if not layer.committed]
-        # Also what shares a parameter with an earlier layer makes something of it.
-        owed = [x for x in layers if owes_all or x.received or x.changed]
+        owed = [
+            layer
+            for layer in layers
+            if owes_all or layer.received or layer.shares_changed_matrix
+        ]
         missing = [finding for layer in owed for finding in layer.missing()]
         missing += self._kept.waiting()
-        changed = [layer for layer in layers if layer.changed]
+        # What is neither owed nor complete is not committed.
+        changed = [x for x in layers if x.changed and (x.complete or x in owed)]
         invalid = self._committer.unservable(changed)
         if missing or invalid:
             what = "incomplete" if missing else "invalid"
