@@ -103,6 +103,42 @@ def test_it_may_call_loaders(model):
     assert values(model) == [1.0] * 4
 
 
+class Halves(nn.Module):
+    """Loads two tensors into one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 4), requires_grad=False)
+        self.weight.weight_loader = self._load
+
+    def _load(self, param: torch.Tensor, weight: torch.Tensor, half: int) -> None:
+        param.data.narrow(0, 4 * half, 4).copy_(weight)
+
+    def load_weights(self, weights: Weights) -> None:
+        for name, tensor in weights:
+            self.weight.weight_loader(self.weight, tensor, int(name))
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["iterator", "caller"])
+def test_one_half_may_come_by_its_name_and_the_other_by_the_loader(within, plan):
+    model = Halves()
+    record_metadata_for_reloading(model)
+    sync(model, sent(0.0, "01"))
+
+    def weights() -> Weights:
+        (first, _), (_, second) = sent(1.0, "01")
+        yield first, second
+        if within:
+            model.weight.weight_loader(model.weight, second, 1)
+
+    initialize_layerwise_reload(model, exposed=True)
+    model.load_weights(weights())
+    if not within:
+        model.weight.weight_loader(model.weight, torch.ones(4, 4), 1)
+    finalize_layerwise_reload(model, None)
+    assert model.weight.eq(1).all()
+
+
 def launch(batches) -> None:
     """Copy as an accelerator does: when it is told to, and not before."""
     for layout, (targets, sources) in batches.items():

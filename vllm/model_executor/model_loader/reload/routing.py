@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,7 @@ class RouteRecorder:
         # Tensors that the model makes of others, and may make in spite of what came.
         self._made: set[tuple[str, str]] = set()
         self._name = ""
+        self._is_direct = False
         self._tensor: torch.Tensor | None = None
         self._copies: list[Copy] = []
         self._derived: set[int] = set()
@@ -60,7 +62,16 @@ class RouteRecorder:
     @property
     def is_idle(self) -> bool:
         """Whether no loader was given a tensor just now."""
-        return self._tensor is None
+        return self._tensor is None and not self._is_direct
+
+    @contextmanager
+    def direct(self) -> Iterator[None]:
+        """For a call of a loader by whoever sends, who says no name: no route."""
+        self._is_direct = True
+        try:
+            yield
+        finally:
+            self._is_direct = False
 
     @property
     def count(self) -> int:
@@ -94,6 +105,8 @@ class RouteRecorder:
         """
         tensor = self._tensor
         self._layer = target.layer if self._layer is None else self._layer
+        if self._is_direct:
+            return
         if tensor is None:
             # Given to the model before, unless it is another staged tensor's.
             is_staged = isinstance(source, torch.Tensor) and _storage(source) in staged

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -441,7 +441,7 @@ class ReloadTransaction:
     def _staging(self) -> Iterator[None]:
         """Show the staged tensors and watch what is done to them."""
         if self._loading:
-            with self._watching():
+            with nullcontext() if self._watches else self._mode:
                 yield
             return
         self._loading = True
@@ -456,15 +456,17 @@ class ReloadTransaction:
                 if layer.committed or not self._exposed:
                     layer.hide()
 
-    def _watching(self) -> AbstractContextManager:
-        """The mode, unless it watches: it does not while a caller's iterator runs."""
-        watches = self._mode in _get_current_dispatch_mode_stack()
-        return nullcontext() if watches else self._mode
+    @property
+    def _watches(self) -> bool:
+        """Whether the mode does: not while a caller's iterator runs."""
+        return self._mode in _get_current_dispatch_mode_stack()
 
     def _run_loader(self, loader: StagedLoader, args: tuple, kwargs: dict) -> Any:
+        if self._loading and not self._watches:
+            with self._mode, self._recorder.direct():
+                return self._run_loader(loader, args, kwargs)
         if self._loading:
-            with self._watching():
-                result = loader.load(args, kwargs)
+            result = loader.load(args, kwargs)
             self.commit_ready_layers()
             return result
         self._check_open()
@@ -474,7 +476,7 @@ class ReloadTransaction:
             self._checksums.are_all = False
         with self._times.call(), self._order.call():
             try:
-                with self._staging():
+                with self._staging(), self._recorder.direct():
                     result = self._run_loader(loader, args, kwargs)
                     self._commit_now(self._ready.take())
                     return result
