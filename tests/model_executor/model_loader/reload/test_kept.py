@@ -102,6 +102,21 @@ def test_what_is_kept_of_an_aborted_sync_is_not_served(model):
     assert_serves(model, 3)
 
 
+def test_what_was_loaded_and_is_kept_too_does_not_wait(model):
+    load = Model.load_weights
+
+    def load_and_keep(self: Model, weights: Weights) -> None:
+        for name, self.last in weights:
+            load(self, [(name, self.last)])
+
+    model.load_weights = load_and_keep.__get__(model)
+    initialize_layerwise_reload(model)
+    send(model, tensors(2), WEIGHT, SCALE, OTHER)
+    finalize_layerwise_reload(model, None)
+    assert_serves(model, 2)
+    assert torch.equal(model.last, tensors(2)[OTHER])
+
+
 def test_what_only_a_cycle_holds_is_not_kept(model):
     load = Model.load_weights
 

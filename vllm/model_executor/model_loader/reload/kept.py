@@ -10,6 +10,7 @@ caller's, who fills it with the next chunk meanwhile.
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection
 from weakref import ref
 
 import torch
@@ -24,7 +25,7 @@ class KeptTensors:
 
         for name, tensor in weights:
             load(name, kept.lend(name, tensor))
-        kept.settle()           # before the caller may use the memory again
+        kept.settle(nowhere)    # before the caller may use the memory again
         kept.waiting()          # at the end of the sync
 
     A model is given another tensor on the same memory. Whatever of these outlives the
@@ -34,6 +35,7 @@ class KeptTensors:
     def __init__(self) -> None:
         self._lent: list[tuple[str, ref[torch.Tensor]]] = []
         self._kept: list[tuple[str, ref[torch.Tensor]]] = []
+        self._awaiting: list[tuple[str, ref[torch.Tensor]]] = []
 
     def lend(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return what to give to the model in place of `tensor`."""
@@ -41,23 +43,30 @@ class KeptTensors:
         self._lent.append((name, ref(lent)))
         return lent
 
-    def settle(self) -> None:
-        """Copy what the model has kept of the tensors that were lent."""
+    def settle(self, nowhere: Collection[str]) -> None:
+        """Copy what the model has kept of the tensors that were lent.
+
+        Args:
+            nowhere: names of those that the model has loaded nothing of.
+
+        """
         lent, self._lent = self._lent, []
         for name, reference in lent:
             tensor = reference()
             if tensor is not None:
                 tensor.data = tensor.detach().clone()
                 self._kept.append((name, reference))
+                if name in nowhere:
+                    self._awaiting.append((name, reference))
 
     def waiting(self) -> list[Finding]:
-        """What the model keeps still, and therefore has not loaded."""
-        if any(reference() is not None for _, reference in self._kept):
+        """What the model has not loaded, and keeps still."""
+        if any(reference() is not None for _, reference in self._awaiting):
             gc.collect()  # it may be held by nothing but a cycle
         waits = "the model still waits for what belongs to it, such as its scale"
         return [
             Finding("", name, f"{waits}; send both in one sync")
-            for name, reference in self._kept
+            for name, reference in self._awaiting
             if reference() is not None
         ]
 
@@ -67,4 +76,4 @@ class KeptTensors:
             tensor = reference()
             if tensor is not None:
                 tensor.data = tensor.new_empty(0)
-        self._lent, self._kept = [], []
+        self._lent, self._kept, self._awaiting = [], [], []

@@ -229,7 +229,7 @@ class ReloadTransaction:
     def _load_by_model(self, source: Source, *args: Any, **kwargs: Any) -> Any:
         with self._staging():
             result = self._load_weights(iter(source), *args, **kwargs)
-        self._kept.settle()
+        self._kept.settle(self._recorder.nowhere)
         self._check_experts()
         return result
 
