@@ -106,6 +106,23 @@ def test_what_is_loaded_by_other_operators_is_missing(load):
     assert layer.changed and not layer.missing()
 
 
+@pytest.mark.parametrize("look", [torch.Tensor.detach, lambda meta: meta.data[0]])
+def test_what_was_only_looked_at_is_not_received(look):
+    tensor = staged()
+    layer = StagedLayer("layer", torch.nn.Module(), {"weight": tensor}, {}, [tensor])
+    with StagingMode([tensor]):
+        look(tensor.meta)
+    assert not layer.received
+
+
+def test_what_another_one_was_made_of_is_received():
+    tensor, other = staged(), staged()
+    layer = StagedLayer("layer", torch.nn.Module(), {"weight": tensor}, {}, [tensor])
+    with StagingMode([tensor, other]):
+        other.meta.data.copy_(tensor.meta)
+    assert layer.received and other.written
+
+
 def test_loaders_see_values_as_created():
     tensor = staged((2,), initial=torch.tensor([1.0, -1.0]))
     with StagingMode([tensor]):

@@ -19,7 +19,7 @@ from .view import View
 if TYPE_CHECKING:
     from .staging import StagedTensor
 
-__all__ = ["RouteRecorder"]
+__all__ = ["RouteRecorder", "tensors_in"]
 
 
 class RouteRecorder:
@@ -138,27 +138,24 @@ class RouteRecorder:
             if other != self._name or target.ledger.overlapping:
                 self._refused |= {other, self._name}
 
-    def seen(
-        self, func: Any, values: tuple, result: Any, staged: Container[int]
-    ) -> None:
-        """An operator ran that writes to no staged tensor.
+    def seen(self, values: tuple, result: Any, staged: Container[int]) -> None:
+        """An operator ran that makes no view, and writes to no staged tensor.
 
         Args:
-            func: the operator.
             values: its arguments.
             result: what it returned.
             staged: storages of staged tensors.
 
         """
-        if self._tensor is None or getattr(func, "is_view", False):
+        if self._tensor is None:
             return
-        tensors = list(_tensors(values))
+        tensors = list(tensors_in(values))
         others = [t for t in tensors if not self._is_mine(t)]
         is_staged = [_storage(t) in staged for t in others]
         if any(is_staged) or len(others) < len(tensors):
             self.refuse()
         if len(others) < len(tensors):
-            self._derived |= {_storage(t) for t in _tensors(result)}
+            self._derived |= {_storage(t) for t in tensors_in(result)}
             self._are_kept |= not all(is_staged)
 
     def refuse(self) -> None:
@@ -212,9 +209,10 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors among an operator's arguments or results."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

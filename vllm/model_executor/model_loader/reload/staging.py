@@ -31,7 +31,7 @@ from .ledger import Box, Ledger, boxes_of_view
 from .placement import ExpertPlacement
 from .recording import FirstLoad, fills_nothing, wrote
 from .regions import describe, shard_box
-from .routing import RouteRecorder
+from .routing import RouteRecorder, tensors_in
 
 __all__ = ["StagedLayer", "StagedLoader", "StagedTensor", "StagingMode", "close"]
 
@@ -56,6 +56,7 @@ class StagedTensor:
         closed: whether its layer was committed.
         sealed: what had been staged when it was closed.
         planned: whether this sync brought any of it past the model.
+        used: whether more than views were made of it, or its loader made one.
 
     """
 
@@ -74,6 +75,7 @@ class StagedTensor:
     closed: bool = False
     sealed: Fingerprint | None = None
     planned: bool = False
+    used: bool = False
 
     def materialize(self) -> torch.Tensor:
         """Its memory; allocated, and set to the create-time value, on first use."""
@@ -229,6 +231,8 @@ class StagedLoader:
         if self._placement is not None:
             return self._placement.load(self.original, args, kwargs)
         result = self.original(*args, **kwargs)
+        # A view is enough to write to it without any operator, as NumPy does.
+        self.tensor.used |= self.tensor.memory is not None
         if not (first.calls or first.ambiguous):
             self._check_filled(call, weight)
         return result
@@ -313,11 +317,11 @@ class StagedLayer:
     def received(self) -> bool:
         """Whether this sync brought anything that belongs to the layer.
 
-        What was touched and not seen to be written may have been written all the same,
-        by an operator of which nobody knows how much it writes; or others were made of
-        it, which is worse.
+        What was used and not seen to be written may have been written all the same, by
+        an operator of which nobody knows how much it writes; or others were made of it,
+        which is worse.
         """
-        return any(t.written or t.memory is not None for t in self.owner_of)
+        return any(t.written or t.used for t in self.owner_of)
 
     @property
     def changed(self) -> bool:
@@ -455,9 +459,12 @@ class StagingMode(TorchDispatchMode):
         if wrote(func, args) and (tensor := self._staged_of(args[0])) is not None:
             return self._write(tensor, func, args, kwargs)
         result = func(*args, **kwargs)
-        if self._recorder is not None and not fills_nothing(func, args):
-            values = (*args, *kwargs.values())
-            self._recorder.seen(func, values, result, self._by_memory)
+        if getattr(func, "is_view", False) or fills_nothing(func, args):
+            return result
+        values = (*args, *kwargs.values())
+        self._note_use(values)
+        if self._recorder is not None:
+            self._recorder.seen(values, result, self._by_memory)
         return result
 
     def _redirect(self, value: Any) -> Any:
@@ -480,6 +487,11 @@ class StagingMode(TorchDispatchMode):
         offset = view.storage_offset() - tensor.meta.storage_offset()
         return memory.data.as_strided(view.shape, view.stride(), offset)
 
+    def _note_use(self, values: Any) -> None:
+        for value in tensors_in(values):
+            if (tensor := self._staged_of(value)) is not None:
+                tensor.used = True
+
     def _staged_of(self, view: torch.Tensor) -> StagedTensor | None:
         storage = view.untyped_storage()._cdata
         return (self._by_meta if view.is_meta else self._by_memory).get(storage)
@@ -492,6 +504,7 @@ class StagingMode(TorchDispatchMode):
         kwargs: dict[str, Any],
     ) -> Any:
         view, source = args[:2]
+        self._note_use(source)
         if isinstance(source, torch.Tensor):
             check_castable(tensor, source)
         if tensor.closed:
