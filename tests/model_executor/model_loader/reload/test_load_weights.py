@@ -93,3 +93,27 @@ def test_no_route_of_one_goes_past_another(syncs, monkeypatch):
         model.load_weights(sent(1.0))
         finalize_layerwise_reload(model, None)
         assert param.eq(2 if sync >= syncs else 1).all()
+
+
+class Slotted:
+    """Loads a model's weights, and cannot be referred to weakly."""
+
+    __slots__ = ("load",)
+
+    def __init__(self, load):
+        self.load = load
+
+    def __call__(self, weights) -> None:
+        self.load(weights)
+
+
+def test_it_may_be_an_object_without_weak_references():
+    model = Model()
+    model.load_weights = own = Slotted(model.load_weights)
+    record_metadata_for_reloading(model)
+    for value in (1.0, 2.0):
+        initialize_layerwise_reload(model)
+        model.load_weights(sent(value))
+        finalize_layerwise_reload(model, None)
+        assert model.load_weights is own
+        assert model.inner.weight.eq(value).all()

@@ -82,7 +82,7 @@ class LayerReloadingInfo:
     staged: OpenLayer | None = None
     kernel_tensors: LayerTensors | None = None
     kernel_non_persistent_buffers: set[str] = field(default_factory=set)
-    loaded_by: ref | None = None
+    loaded_by: object = None
     model: ModelReload | None = None
 
     @property
