@@ -29,7 +29,7 @@ class KeptTensors:
         kept.waiting()          # at the end of the sync
 
     A model is given another tensor on the same memory. Whatever of these outlives the
-    call is the model's.
+    call is the model's. A view that it keeps of one is not noticed.
     """
 
     def __init__(self) -> None:
