@@ -166,12 +166,8 @@ def test_what_is_processed_takes_the_place_of_what_was_staged(monkeypatch):
         assert count.peak <= 9.1 * loaded["layer0.weight"].nbytes
 
 
-class Packing(QuantizeMethodBase):
-    def create_weights(self, layer, *args, **kwargs):
-        raise NotImplementedError
-
-    def apply(self, layer, *args, **kwargs):
-        raise NotImplementedError
+class Packing(Transpose):
+    """Keeps the transposed weight beside the one that was loaded."""
 
     def process_weights_after_loading(self, layer):
         layer.packed = layer.weight.data.T.contiguous()
