@@ -19,6 +19,7 @@ from types import TracebackType
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vllm.model_executor.model_loader.mapped_safetensors import tensor_on
 from vllm.model_executor.model_loader.safetensors_header import HeaderEntry, read_header
 
 from . import mapped_pages
@@ -86,18 +87,11 @@ class CheckpointFile:
 
     def map(self, stored: StoredTensor) -> torch.Tensor:
         """A tensor on the file's pages."""
-        _, dtype, shape, start, nbytes = stored.entry
-        torch_dtype = self._dtypes[dtype]
-        # Under a default device these cost more than a copy.
-        with torch._C.DisableTorchFunction():
-            if nbytes == 0:
-                return torch.empty(shape, dtype=torch_dtype, device="cpu")
-            count = nbytes // torch_dtype.itemsize
-            flat = torch.frombuffer(
-                self._pages, dtype=torch_dtype, count=count, offset=start
-            )
-            # Of types that torch packs, the last dimension is shorter than stored.
-            return flat.view(*shape[:-1], -1) if shape else flat.view(())
+        entry = stored.entry
+        dtype = self._dtypes[entry.dtype]
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=dtype, device="cpu")
+        return tensor_on(self._pages, entry, dtype)
 
     def read_ahead(self, start: int, stop: int) -> None:
         """Ask the system to read bytes of the file, and do not wait for them."""
