@@ -21,9 +21,7 @@ from .safetensors_header import HeaderEntry, read_header
 __all__ = ["MappedSafetensors", "tensor_on"]
 
 
-def tensor_on(
-    pages: mmap.mmap, entry: HeaderEntry, dtype: torch.dtype
-) -> torch.Tensor:
+def tensor_on(pages: mmap.mmap, entry: HeaderEntry, dtype: torch.dtype) -> torch.Tensor:
     """A tensor on a file's pages, of at least one byte.
 
     Args:
