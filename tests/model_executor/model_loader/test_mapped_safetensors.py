@@ -52,7 +52,7 @@ def path(tmp_path) -> Path:
     return tmp_path / "of all.safetensors"
 
 
-def test_tensors_are_the_librarys(path):
+def test_tensors_are_those_of_the_library(path):
     with (
         safe_open(path, framework="pt") as expected,
         MappedSafetensors(path, framework="pt") as file,
@@ -105,7 +105,7 @@ def test_a_tensor_outlives_the_file_and_is_private(path):
     assert path.with_name("renamed").read_bytes() == before
 
 
-def test_what_is_wrong_is_the_librarys_error(path):
+def test_what_is_wrong_is_an_error_of_the_library(path):
     file = MappedSafetensors(path)
     with pytest.raises(SafetensorError, match="no such"):
         file.get_tensor("no such")
