@@ -109,6 +109,11 @@ def test_what_is_wrong_is_an_error_of_the_library(path):
     file = MappedSafetensors(path)
     with pytest.raises(SafetensorError, match="no such"):
         file.get_tensor("no such")
+    with file:
+        for name in file.keys():  # noqa: SIM118
+            file.get_tensor(name)
+    with pytest.raises(SafetensorError, match="closed"):
+        file.get_tensor(name)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SafetensorError):
         MappedSafetensors(path)

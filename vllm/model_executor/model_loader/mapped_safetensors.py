@@ -105,4 +105,5 @@ class MappedSafetensors:
 
     def __exit__(self, *error: Any) -> None:
         self._library.__exit__(*error)
+        self._entries = {}  # to ask for a tensor is the library's error from now on
         vars(self).pop("_pages", None)
