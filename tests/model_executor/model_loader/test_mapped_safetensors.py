@@ -3,6 +3,7 @@
 """Tensors on a file's pages are those that the library makes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,26 +68,33 @@ def test_tensors_are_those_of_the_library(path):
             assert torch.equal(ours, theirs), name
 
 
-def test_of_each_type_the_library_makes_one(path, monkeypatch):
-    class Counted:
-        """The library's, and which tensors it was asked for."""
+class Counted:
+    """The library's, on a CPU all the same, and which tensors it was asked for."""
 
-        def __init__(self, *args, **kwargs):
-            self.library, self.asked = safe_open(*args, **kwargs), []
+    def __init__(self, path, framework, device):
+        self.library = safe_open(path, framework=framework)
+        self.device = device
+        self.asked: list[str] = []
 
-        def keys(self):
-            return self.library.keys()
+    def keys(self):
+        return self.library.keys()
 
-        def get_tensor(self, name):
-            self.asked.append(name)
-            return self.library.get_tensor(name)
+    def get_tensor(self, name):
+        self.asked.append(name)
+        return self.library.get_tensor(name)
 
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0", 0])
+def test_of_each_type_for_the_cpu_the_library_makes_one(device, path, monkeypatch):
     module = "vllm.model_executor.model_loader.mapped_safetensors.safe_open"
     monkeypatch.setattr(module, Counted)
-    file = MappedSafetensors(path)
+    file = MappedSafetensors(path, "pt", device)
     filled = [name for name in file.keys() if file.get_tensor(name).numel()]  # noqa: SIM118
-    asked = [name for name in file._library.asked if name in filled]
-    assert len(asked) == len(DTYPES + PACKED) < len(filled)
+    library: Any = file._library
+    assert library.device == device
+    count = len([name for name in library.asked if name in filled])
+    assert count == (len(DTYPES + PACKED) if device == "cpu" else len(filled))
+    assert len(DTYPES + PACKED) < len(filled)
 
 
 def test_default_device_and_modes_do_not_matter(path):

@@ -52,6 +52,8 @@ class MappedSafetensors:
     Args:
         path: where it is.
         framework: "pt".
+        device: where the tensors shall be; the library makes those that are not for
+            the CPU.
 
     Raises:
         SafetensorError: it is no whole safetensors file.
@@ -59,10 +61,17 @@ class MappedSafetensors:
 
     """
 
-    def __init__(self, path: str | os.PathLike[str], framework: str = "pt"):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        framework: str = "pt",
+        device: str | int = "cpu",
+    ):
         self._path = path
-        self._library = safe_open(path, framework=framework)
+        self._library = safe_open(path, framework=framework, device=device)
         self._dtypes: dict[str, torch.dtype] = {}
+        if device != "cpu":
+            self._entries = {}
 
     def keys(self) -> list[str]:
         """Names of the tensors."""
@@ -73,7 +82,7 @@ class MappedSafetensors:
         return self._library.metadata()
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor on the CPU, of which nothing was read.
+        """Return a tensor; of one on the CPU nothing was read.
 
         Raises:
             SafetensorError: there is none of this name.

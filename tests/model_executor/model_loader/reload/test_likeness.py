@@ -3,8 +3,9 @@
 """Layers are alike if only their names tell them apart."""
 
 from copy import deepcopy
-from functools import partial, reduce
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,8 @@ def test_what_was_found_different_stays_so():
 
 
 def with_empty_cell():
+    late: int
+
     def load():
         return late
 
@@ -98,12 +101,19 @@ def with_empty_cell():
     return load
 
 
+def nested_too_deep() -> list[Any]:
+    nested: list[Any] = []
+    for _ in range(10_000):
+        nested = [nested]
+    return nested
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: SimpleNamespace(order=np.arange(3)),
         with_empty_cell,
-        lambda: reduce(lambda inner, _: [inner], range(10_000), []),
+        nested_too_deep,
     ],
 )
 def test_what_cannot_be_compared_is_not_alike(make):

@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """An iterator that is asked for weights may drive its own sync meanwhile."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from ctypes import memmove
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_it_may_load_a_list_and_then_overwrite_its_own_memory(model, monkeypatch
     assert values(model) == [1.0, 2.0, 3.0, 4.0]
 
 
-def staged_memory(load_weights: Callable) -> list[torch.Tensor | None]:
+def staged_memory(load_weights: Any) -> list[torch.Tensor | None]:
     return [tensor.memory for tensor in load_weights.__self__._layers_of]
 
 
