@@ -31,7 +31,7 @@ class Model(nn.Module):
 def double(model: Model) -> None:
     """Replace its `load_weights` by one that doubles."""
     original = model.load_weights
-    vars(model)["load_weights"] = lambda weights: original(
+    model.__dict__["load_weights"] = lambda weights: original(
         (n, t * 2) for n, t in weights
     )
 
@@ -111,7 +111,7 @@ class Slotted:
 
 def test_it_may_be_an_object_without_weak_references():
     model = Model()
-    vars(model)["load_weights"] = own = Slotted(model.load_weights)
+    model.__dict__["load_weights"] = own = Slotted(model.load_weights)
     record_metadata_for_reloading(model)
     for value in (1.0, 2.0):
         initialize_layerwise_reload(model)
