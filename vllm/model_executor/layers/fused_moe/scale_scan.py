@@ -95,9 +95,9 @@ def scan_scales(scales: Mapping[str, torch.Tensor]) -> list[ScaleFaults]:
     values = {name: _values(scale) for name, scale in scales.items()}
     found = _launch(list(values.values()), device).tolist()
     return [
-        _faults(name, values[name].shape, kinds)
-        for name, kinds in zip(values, found)
-        if any(count for count, _ in kinds)
+        _faults(name, values[name].shape, row[3:7], row[7:])
+        for name, row in zip(values, found)
+        if any(row[3:7])
     ]
 
 
@@ -127,20 +127,22 @@ def _values(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    rows = [(v.data_ptr(), v.numel(), _FORMATS[v.dtype].value) for v in values]
+    """Find the faults of each tensor; see `_scan_kernel` for what is returned."""
+    none = (0,) * 4 + (NOWHERE.value,) * 4
+    rows = [(v.data_ptr(), v.numel(), _FORMATS[v.dtype].value, *none) for v in values]
     tensors = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-    faults = torch.zeros(len(values), 4, 2, dtype=torch.int64, device=device)
-    faults[..., 1] = NOWHERE.value
     chunks = triton.cdiv(max(v.numel() for v in values), _CHUNK)
     grid = (len(values), min(chunks, _MAX_PROGRAMS_PER_TENSOR))
-    with torch.cuda.device_of(faults):
-        _scan_kernel[grid](tensors, faults, CHUNK=_CHUNK)
-    return faults
+    with torch.cuda.device_of(tensors):
+        _scan_kernel[grid](tensors, CHUNK=_CHUNK)
+    return tensors
 
 
-def _faults(name: str, shape: torch.Size, kinds: list[list[int]]) -> ScaleFaults:
-    nan, infinite, negative, zero = (count for count, _ in kinds)
-    *others, first_zero = (first for _, first in kinds)
+def _faults(
+    name: str, shape: torch.Size, counts: list[int], firsts: list[int]
+) -> ScaleFaults:
+    nan, infinite, negative, zero = counts
+    *others, first_zero = firsts
     first = min(others) if nan or infinite or negative else first_zero
     (value,) = struct.unpack("<f", struct.pack("<I", first & 0xFFFFFFFF))
     index = _unravel(first >> 32, shape)
@@ -156,26 +158,26 @@ def _unravel(place: int, shape: torch.Size) -> tuple[int, ...]:
 
 
 @triton.jit
-def _scan_kernel(tensors, faults, CHUNK: tl.constexpr):
+def _scan_kernel(tensors, CHUNK: tl.constexpr):
     """Count the faults of each tensor by kind, and find the first of each kind.
 
     Args:
-        tensors: [T, 3] int64: address, values and format of each tensor.
-        faults: [T, 4, 2] int64: count and first of NaN, infinite, negative and zero.
-            A first is its flat index above the 32 bits of its value, so that the least
-            is the same in every run. Counts come as 0 and firsts as NOWHERE.
+        tensors: [T, 11] int64: address, values and format of each tensor, then four
+            counts, of NaN, infinite, negative and zero, and the four firsts of these. A
+            first is its flat index above the 32 bits of its value, so that the least is
+            the same in every run. Counts come as 0 and firsts as NOWHERE.
         CHUNK: C, a power of two.
 
     The grid is [T, P]. With C = 2 and P = 2, of a tensor 0 = [1, NaN, 4, 0, 2]:
 
-        program (0, 0) reads [1, NaN], then [2]:  faults[0, 0] = 1, 1 << 32 | bits(NaN)
-        program (0, 1) reads [4, 0]:              faults[0, 3] = 1, 3 << 32 | bits(0)
+        program (0, 0) reads [1, NaN], then [2]:  count 1, first 1 << 32 | bits(NaN)
+        program (0, 1) reads [4, 0]:              count 1, first 3 << 32 | bits(0)
 
     """
-    tensor = tl.program_id(0).to(tl.int64)
-    address = tl.load(tensors + 3 * tensor)
-    values = tl.load(tensors + 3 * tensor + 1)
-    scale_format = tl.load(tensors + 3 * tensor + 2)
+    tensor = tensors + 11 * tl.program_id(0).to(tl.int64)
+    address = tl.load(tensor)
+    values = tl.load(tensor + 1)
+    scale_format = tl.load(tensor + 2)
     first = tl.program_id(1).to(tl.int64) * CHUNK
     step = tl.num_programs(1).to(tl.int64) * CHUNK
     for start in range(first, values, step):
@@ -187,11 +189,10 @@ def _scan_kernel(tensors, faults, CHUNK: tl.constexpr):
             size_C = bits_C & 0x7FFFFFFF
             finite_C = size_C < INFINITY
             place_C = (index_C << 32) | bits_C.to(tl.int64)
-            kinds = faults + tensor * 8
-            _record(kinds, bad_C & (size_C > INFINITY), place_C)
-            _record(kinds + 2, bad_C & (size_C == INFINITY), place_C)
-            _record(kinds + 4, bad_C & finite_C & (size_C > 0), place_C)
-            _record(kinds + 6, bad_C & (size_C == 0), place_C)
+            _record(tensor + 3, bad_C & (size_C > INFINITY), place_C)
+            _record(tensor + 4, bad_C & (size_C == INFINITY), place_C)
+            _record(tensor + 5, bad_C & finite_C & (size_C > 0), place_C)
+            _record(tensor + 6, bad_C & (size_C == 0), place_C)
 
 
 @triton.jit
@@ -218,9 +219,9 @@ def _float32_bits(address, index, exists, scale_format):
 
 
 @triton.jit
-def _record(kind, found, place):
+def _record(counted, found, place):
     count = tl.sum(found.to(tl.int64))
     if count > 0:
         least = tl.min(tl.where(found, place, NOWHERE))
-        tl.atomic_add(kind, count, sem="relaxed")
-        tl.atomic_min(kind + 1, least, sem="relaxed")
+        tl.atomic_add(counted, count, sem="relaxed")
+        tl.atomic_min(counted + 4, least, sem="relaxed")
