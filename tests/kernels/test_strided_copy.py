@@ -84,19 +84,18 @@ def test_nothing_to_copy_is_no_launch(run, copies):
 
 
 @pytest.mark.parametrize(
-    "run, addresses, aligned",
+    "target, source, run, aligned",
     [
-        (64, [16, 0], 16),
-        (64, [24, 0], 8),
-        (64, [0, 6], 2),
-        (64, [7, 0], 1),
-        (20, [], 4),
+        (16, 0, 64, 16),
+        (24, 0, 64, 8),
+        (0, 6, 64, 2),
+        (7, 0, 64, 1),
+        (0, 32, 20, 4),
     ],
 )
-def test_addresses_are_copied_as_they_are_aligned(run, addresses, aligned):
-    layout = Strided(1, 1, run, 0, 0, 0, 0)
-    addresses_2C = np.array(addresses, np.int64).reshape(2, -1)
-    assert strided_copy._alignment(layout, addresses_2C) == aligned
+def test_each_run_is_copied_as_it_is_aligned(target, source, run, aligned):
+    table_3C = np.array([[target, 0], [source, 0], [run, 48]])
+    assert strided_copy._alignment(table_3C).tolist() == [aligned, 16]
 
 
 def test_runs_of_any_size_are_copied_at_once():

@@ -39,41 +39,48 @@ def copy_strided(batches: Mapping[Strided, np.ndarray], device: torch.device) ->
         device: an accelerator, or the CPU in Triton's interpreter.
 
     """
-    runs: dict[int, list[tuple[int, np.ndarray]]] = {}
+    runs: list[tuple[int, np.ndarray]] = []
     for layout, addresses_2C in batches.items():
         if not addresses_2C.size or not layout.outer * layout.rows * layout.row_bytes:
             continue
-        aligned = _alignment(layout, addresses_2C)
         if layout.outer * layout.rows == 1:
-            runs.setdefault(aligned, []).append((layout.row_bytes, addresses_2C))
+            runs.append((layout.row_bytes, addresses_2C))
         else:
-            _copy_rows(layout, addresses_2C, aligned, device)
-    for aligned, batch in runs.items():
-        _copy_runs(batch, aligned, device)
+            _copy_rows(layout, addresses_2C, device)
+    if runs:
+        _copy_runs(_run_table(runs), device)
 
 
-def _copy_runs(
-    batch: list[tuple[int, np.ndarray]], aligned: int, device: torch.device
-) -> None:
+def _run_table(runs: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    """Addresses of targets, of sources, and bytes, [3, C] int64."""
+    sizes, addresses = zip(*runs)
+    bytes_C = np.repeat(sizes, [addresses_2C.shape[1] for addresses_2C in addresses])
+    return np.vstack([np.concatenate(addresses, axis=1), bytes_C])
+
+
+def _copy_runs(table_3C: np.ndarray, device: torch.device) -> None:
     """Copy what is in one piece, whatever its size."""
-    word = _WORDS[aligned]
-    size = word.primitive_bitwidth // 8
-    addresses_2C = np.concatenate([addresses for _, addresses in batch], axis=1)
-    words = [run_bytes // size for run_bytes, _ in batch]
-    words_C = np.repeat(words, [addresses.shape[1] for _, addresses in batch])
-    table_3C = _on_device(np.vstack([addresses_2C, words_C]), device)
-    block = _BYTES_OF_PROGRAM // size
-    programs = min(triton.cdiv(max(words), block), _MAX_PROGRAMS_OF_COPY)
-    with torch.cuda.device_of(table_3C):
-        _copy_runs_kernel[table_3C.shape[1], programs](
-            table_3C, table_3C.shape[1], WORD=word, ALIGNED=aligned, BLOCK=block
-        )
+    aligned_C = _alignment(table_3C)
+    of_any = int(np.bitwise_or.reduce(aligned_C))
+    for aligned in (each for each in _WORDS if each & of_any):
+        word = _WORDS[aligned]
+        size = word.primitive_bitwidth // 8
+        alike_3C = table_3C.compress(aligned_C == aligned, axis=1)
+        alike_3C[2] //= size
+        copies, words = alike_3C.shape[1], int(alike_3C[2].max())
+        block = _BYTES_OF_PROGRAM // size
+        programs = min(triton.cdiv(words, block), _MAX_PROGRAMS_OF_COPY)
+        table = _on_device(alike_3C, device)
+        with torch.cuda.device_of(table):
+            _copy_runs_kernel[copies, programs](
+                table, copies, WORD=word, ALIGNED=aligned, BLOCK=block
+            )
 
 
-def _copy_rows(
-    layout: Strided, addresses_2C: np.ndarray, aligned: int, device: torch.device
-) -> None:
+def _copy_rows(layout: Strided, addresses_2C: np.ndarray, device: torch.device) -> None:
     """Copy what is in many pieces."""
+    strides = reduce(or_, layout[2:])
+    aligned = int(_alignment(addresses_2C | strides).min(initial=16))
     word = _WORDS[aligned]
     size = word.primitive_bitwidth // 8
     table_2C = _on_device(addresses_2C, device)
@@ -99,11 +106,10 @@ def _on_device(table: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(table).to(device, non_blocking=True)
 
 
-def _alignment(layout: Strided, addresses_2C: np.ndarray) -> int:
-    """The largest power of two up to 16 that divides addresses, runs and strides."""
-    addresses = int(np.bitwise_or.reduce(addresses_2C, axis=None))
-    bits = reduce(or_, layout[2:], 16 | addresses)
-    return bits & -bits
+def _alignment(bytes_nC: np.ndarray) -> np.ndarray:
+    """The largest power of two up to 16 that divides all of a column, [C]."""
+    bits_C = np.bitwise_or.reduce(bytes_nC, axis=0) | 16
+    return bits_C & -bits_C
 
 
 # Not compiled anew for one copy, or a multiple of 16: a first sync would wait for that.
