@@ -208,13 +208,14 @@ def loaded_pair(request) -> Pair:
 
 def test_each_of_a_group_is_compared_with_itself(loaded_pair):
     config: Any = SimpleNamespace(dtype=torch.float32)
+    large = "large", torch.ones(200 * SIZE)  # for which the others need not wait
     for value in (2.0, 3.0):
         initialize_layerwise_reload(loaded_pair)
-        for _ in range(2):
-            loaded_pair.load_weights(pair(value))
+        loaded_pair.load_weights([*pair(value), large])
+        loaded_pair.load_weights(pair(value))
         finalize_layerwise_reload(loaded_pair, config)
     initialize_layerwise_reload(loaded_pair)
-    loaded_pair.load_weights(pair(4.0))
+    loaded_pair.load_weights([*pair(4.0), large])
     with pytest.raises(WeightSyncError, match="came again with other values"):
         loaded_pair.load_weights([("first", torch.full((SIZE,), 5.0))])
 

@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import (
     reload_status,
 )
 from vllm.model_executor.model_loader.reload.commit import Commit
+from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.rollback import Rollback
 
 # By case a tensor whose layer is incomplete without it.
@@ -115,7 +116,7 @@ def die(server: Server) -> None:
 
 
 def change_what_is_committed(server: Server) -> None:
-    norm = "model.norm.weight"
+    norm = "model.layers.0.input_layernorm.weight"
     server.start()
     server.load(server.new.items())
     with pytest.raises(WeightSyncError, match="came again with other"):
@@ -139,7 +140,7 @@ def fail_to_commit(server: Server) -> None:
 
     def fails(commit: Commit) -> None:
         apply(commit)
-        if commit.layer == "model.norm":
+        if commit.layer == "model.layers.0.input_layernorm":
             raise RuntimeError("the device is gone")
 
     apply = Commit.apply
@@ -270,11 +271,17 @@ def test_a_failed_rollback_fences_the_model(server, rollback, monkeypatch, cold_
 
 def test_it_takes_the_bytes_of_the_committed_layers(no_packing, make_server, rollback):
     server = make_server("llama-bf16")
-    sizes = {p.data_ptr(): p.nbytes for p in server.built.model.parameters()}
     server.start()
     assert rollback.nbytes == 0
     server.load(server.new.items())
-    assert rollback.nbytes == sum(sizes.values())
+    committed = [
+        layer
+        for layer in server.built.model.modules()
+        if get_layerwise_info(layer).staged is None
+    ]
+    params = {p for layer in committed for p in layer.parameters(recurse=False)}
+    sizes = {param.data_ptr(): param.nbytes for param in params}
+    assert rollback.nbytes == sum(sizes.values()) > 0
     server.finish()
     assert rollback.nbytes == 0
 

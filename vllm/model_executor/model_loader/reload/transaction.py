@@ -210,7 +210,6 @@ class ReloadTransaction:
             load = partial(self._load_by_model, source, *args, **kwargs)
             result = load() if is_left or args or kwargs else self._idle.run(load)
             self.commit_ready_layers()
-            self._commit_now(self._ready.take())
         except BaseException as error:
             reason = f"loading {source.name or 'weights'}: {error!r}"
             refused = isinstance(error, Exception) and error is not source.error
@@ -266,6 +265,7 @@ class ReloadTransaction:
         with agree_across_ranks():
             self._check_open()
             if self._prepared is None:
+                self._commit_now(self._ready.take())
                 self._check_complete()
                 self._prepared = self._committer.finish(self._left(), model_config)
         return self._prepared
