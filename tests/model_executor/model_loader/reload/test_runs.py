@@ -121,10 +121,33 @@ def test_a_run_that_was_not_sent_again_is_forgotten():
     assert table.runs.keys() == {"c"}
 
 
-def test_a_table_that_grows_forgets_its_runs():
+def ends_of_runs(planned: PlannedCopies, sent: list, start: int = 0) -> list[int]:
+    """Where the runs of a list end, up to a tensor without a route."""
+    end = planned.take_run(sent, start)
+    return [end, *ends_of_runs(planned, sent, end)] if end > start else []
+
+
+def test_a_new_route_leaves_the_runs_around_it_known():
+    table = RouteTable({name: ROUTES[name] for name in ("a", "b", "d")}, {})
+    sent = weights("abcd")
+    first = Counting(ROUTES, [], lambda _: None, None, table)
+    assert ends_of_runs(first, sent) == [2] and ends_of_runs(first, sent, 3) == [4]
+    table.add({"c": ROUTES["c"]}, {})
+    second = Counting(ROUTES, [], lambda _: None, None, table)
+    assert ends_of_runs(second, sent) == [2, 3, 4]
+    assert second.looks == 1
+
+
+def test_a_run_goes_past_where_another_began_that_is_not_sent():
+    table = RouteTable(ROUTES, {})
+    sync(table, weights("cd"))
+    assert sync(table, weights("abc")) == 1
+
+
+def test_another_route_of_a_name_forgets_the_runs():
     table = RouteTable(ROUTES, {})
     sync(table, weights("ab"))
-    table.add({}, {})
-    assert table.runs.keys() == {"a"}
     table.add({"e": ROUTES["a"]}, {})
+    assert table.runs.keys() == {"a"}
+    table.add({"b": ROUTES["b"]}, {})
     assert not table.runs

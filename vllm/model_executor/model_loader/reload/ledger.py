@@ -103,7 +103,6 @@ class Ledger:
                 self._owe(lane, part)
         boxes = [box for lane in self._owed.values() for box in lane]
         self.numbers: Mapping[Box, int] = {box: i for i, box in enumerate(boxes)}
-        self._numels = np.array([box.numel for box in boxes], dtype=np.int64)
         self._total = sum(box.numel for box in boxes)
         self.overlapping = self._total < sum(box.numel for box in owed)
         # Of what is owed; shared by all ledgers that owe the same, once one asks.
@@ -142,11 +141,12 @@ class Ledger:
         for box in boxes:
             self.written_numel += box.numel
 
-    def write_owed(self, numbers: np.ndarray) -> bool:
+    def write_owed(self, numbers: np.ndarray, numel: int) -> bool:
         """Note that owed boxes were written, if each of them was for the first time.
 
         Args:
             numbers: of the boxes, [boxes] int64; see `numbers`.
+            numel: how many elements they have together.
 
         Returns:
             Whether that is noted: not if one comes twice, or parts of boxes did.
@@ -158,7 +158,7 @@ class Ledger:
         if self._noted or count != self._seen_count + len(numbers):
             return False
         self._seen, self._seen_count = seen, count
-        self.written_numel += int(self._numels[numbers].sum())
+        self.written_numel += numel
         return True
 
     @property

@@ -133,6 +133,12 @@ class PlannedCopies:
         self._table.runs[first] = run
         return run
 
+    def _is_known(self, weights: Sequence[Named], place: int) -> bool:
+        """Whether a run begins there that need not be looked at again."""
+        name, _ = weights[place]
+        run = self._known.get(name)
+        return run is not None and run.is_like(weights, place)
+
     def _numbers_at(self, weights: Sequence[Named], start: int) -> list[int]:
         """Numbers of the routes of a run that begins there.
 
@@ -145,7 +151,7 @@ class PlannedCopies:
         for place in range(start, len(weights)):
             name, tensor = weights[place]
             number = number_of(name)
-            if number is None:
+            if number is None or numbers and self._is_known(weights, place):
                 break
             shape, dtype, layer, _, _ = kinds[number]
             if (
@@ -167,19 +173,19 @@ class PlannedCopies:
 
     def _stage_run(self, run: Run, weights: Sequence[Named]) -> None:
         begins = map(torch.Tensor.data_ptr, map(itemgetter(1), weights))
-        source_n = np.fromiter(begins, np.int64, len(run)) + run.source_n
+        source_n = np.fromiter(begins, np.int64, len(run))[run.order_n] + run.source_n
         for part in run.parts:
             if part.kind.tensor is None:
                 self.layers[None] += len(part.place_m)
-            elif not self._stage_part(part, weights, source_n):
+            elif not self._stage_part(part, weights, source_n[part.span]):
                 for place in part.place_m:
                     self.take(*weights[place])
 
     def _stage_part(
-        self, part: Part, weights: Sequence[Named], source_n: np.ndarray
+        self, part: Part, weights: Sequence[Named], source_m: np.ndarray
     ) -> bool:
         """Stage the tensors of one kind; false if they have to be taken one by one."""
-        kind, place_m, number_m, box_m, target_m = part
+        kind = part.kind
         assert kind.tensor is not None and kind.layout is not None
         staged = self._tensors[kind.tensor]
         if staged.closed:
@@ -188,16 +194,15 @@ class PlannedCopies:
         # All tensors of a run are on one device.
         if weights[0][1].get_device() != memory.get_device():
             return False
-        if not staged.ledger.write_owed(box_m):
+        if not staged.ledger.write_owed(part.box_m, part.numel):
             return False
         if self.copies.can_wait:
-            targets = memory.data_ptr() + target_m
-            sources = source_n[place_m]
-            self.copies.add_run(kind.tensor, kind.layout, targets, sources)
+            target_m = memory.data_ptr() + part.target_m
+            self.copies.add_run(kind.tensor, kind.layout, target_m, source_m)
         else:
-            for number, place in zip(number_m, place_m):
+            for number, place in zip(part.number_m, part.place_m):
                 self.copies.add(self._table.copies[number], weights[place][1], memory)
-        self.layers[kind.layer] += len(place_m)
+        self.layers[kind.layer] += len(part.place_m)
         staged.planned = True
         self._note_complete(staged)
         return True

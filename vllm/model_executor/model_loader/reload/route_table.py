@@ -57,6 +57,7 @@ class RouteTable:
         copies: the copy of each route.
         kind_R: the place of its kind in `distinct`, int64.
         box_R: number of the box that it fills, int64.
+        numel_R: how many elements that has, int64.
         source_R: where it begins to read in a checkpoint's tensor, in bytes, int64.
         target_R: where it begins to write in a layer's, in bytes, int64.
         distinct: each kind once.
@@ -67,7 +68,7 @@ class RouteTable:
     def __init__(self, routes: Mapping[str, Route], owed: Owed):
         self._owed: dict[tuple[str, str], Mapping[Box, int]] = {}
         self._places: dict[Kind, int] = {}
-        self._columns_4R = np.empty((4, 0), dtype=np.int64)
+        self._columns_5R = np.empty((5, 0), dtype=np.int64)
         self.numbers: dict[str, int] = {}
         self.kinds: list[Kind] = []
         self.copies: list[Copy | None] = []
@@ -77,29 +78,30 @@ class RouteTable:
 
     def add(self, routes: Mapping[str, Route], owed: Owed) -> None:
         """Add routes, each in place of an earlier one of its name."""
-        rows: list[tuple[int, int, int, int]] = []
-        if routes:
-            self.runs = {}
+        rows: list[tuple[int, ...]] = []
+        if routes.keys() & self.numbers.keys():
+            self.runs = {}  # what one of them knows of a name may be wrong now
         for name, route in routes.items():
             self.numbers.pop(name, None)
             row = self._row(route, owed)
             if row is not None:
-                kind, box, source, target = row
+                kind, *columns = row
                 place = self._places.setdefault(kind, len(self._places))
                 if place == len(self.distinct):
                     self.distinct.append(kind)
                 self.numbers[name] = len(self.kinds)
                 self.kinds.append(self.distinct[place])
-                rows.append((place, box, source, target))
-        added_4R = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-        self._columns_4R = np.hstack([self._columns_4R, added_4R])
-        self.kind_R, self.box_R, self.source_R, self.target_R = self._columns_4R
+                rows.append((place, *columns))
+        added_5R = np.array(rows, dtype=np.int64).reshape(-1, 5).T
+        self._columns_5R = np.hstack([self._columns_5R, added_5R])
+        self.kind_R, self.box_R, self.numel_R = self._columns_5R[:3]
+        self.source_R, self.target_R = self._columns_5R[3:]
 
-    def _row(self, route: Route, owed: Owed) -> tuple[Kind, int, int, int] | None:
+    def _row(self, route: Route, owed: Owed) -> tuple[Kind, int, int, int, int] | None:
         """Kind and numbers of a route; None if it is none of this table."""
         if not route.copies:
             self.copies.append(None)
-            return Kind(route.spec.shape, route.spec.dtype), 0, 0, 0
+            return Kind(route.spec.shape, route.spec.dtype), 0, 0, 0, 0
         copy = route.copies[0]
         numbers = owed.get(copy.tensor, {})
         if len(route.copies) + len(copy.boxes) > 2 or copy.layout is None:
@@ -111,7 +113,8 @@ class RouteTable:
         self.copies.append(copy)
         spec, layer = route.spec, copy.tensor[0]
         kind = Kind(spec.shape, spec.dtype, layer, copy.tensor, copy.layout)
-        return kind, number, copy.source_bytes, copy.target_bytes
+        numel = copy.boxes[0].numel
+        return kind, number, numel, copy.source_bytes, copy.target_bytes
 
     def take_runs(self) -> dict[str, Run]:
         """Return the runs of the last sync, and keep none of them."""
