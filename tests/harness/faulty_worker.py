@@ -40,7 +40,7 @@ class FaultyWorker:
         The error is the allocator's own: it is asked for more than there is.
         """
         left = [None] * int(tensors)
-        allocate = meta.materialize_on
+        allocate = meta.memory_of
 
         def limited(like: torch.Tensor, device: torch.device | None):
             if not left:
@@ -49,7 +49,7 @@ class FaultyWorker:
             left.pop()
             return allocate(like, device)
 
-        self._change(meta, "materialize_on", limited)
+        self._change(meta, "memory_of", limited)
 
     def commit_slowly(self, seconds: str) -> None:
         """Let each layer take its time to be committed."""

@@ -21,7 +21,7 @@ __all__ = [
     "is_parameter_alias",
     "materialize_layer",
     "materialize_meta_tensor",
-    "materialize_on",
+    "memory_of",
     "parameter_storages",
     "restore_layer_on_meta",
     "storage_address",
@@ -49,16 +49,13 @@ def to_meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def materialize_meta_tensor(meta_tensor: torch.Tensor) -> torch.Tensor:
     """The reverse, on the default device; the values are uninitialised."""
-    return materialize_on(meta_tensor, None)
+    return like(memory_of(meta_tensor, None), meta_tensor)
 
 
-def materialize_on(
-    meta_tensor: torch.Tensor, device: torch.device | None
-) -> torch.Tensor:
-    """The same on a device, also where the default one is not asked for."""
-    layout = tuple(meta_tensor.shape), meta_tensor.stride()
-    memory = torch.empty_strided(*layout, dtype=meta_tensor.dtype, device=device)
-    return like(memory, meta_tensor)
+def memory_of(meta_tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """A plain tensor of the same geometry; on the default device if none is given."""
+    layout = meta_tensor.shape, meta_tensor.stride()
+    return torch.empty_strided(*layout, dtype=meta_tensor.dtype, device=device)
 
 
 def like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

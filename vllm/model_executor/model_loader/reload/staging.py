@@ -81,18 +81,17 @@ class StagedTensor:
         """Its memory; allocated, and set to the create-time value, on first use."""
         if self.memory is None:
             self.since, self.until = perf_counter(), None
-            memory = self._allocate()
-            prefer_huge_pages(memory.data)
-            self.memory = memory
+            self.memory = memory = self._allocate()
+            prefer_huge_pages(memory)
             if self.initial is not None:
-                memory.data.copy_(self.initial, non_blocking=True)
+                memory.copy_(self.initial, non_blocking=True)
             elif not self.ledger.covers(self.meta):
-                memory.data.zero_()
+                memory.zero_()
         return self.memory
 
     def _allocate(self) -> torch.Tensor:
         try:
-            return meta_tensors.materialize_on(self.meta, self.device)
+            return meta_tensors.memory_of(self.meta, self.device)
         except RuntimeError as error:  # which is what torch's allocators raise
             reason, _, _ = str(error).partition("\n")
             raise MemoryError(f"no memory to stage {self.path}: {reason}") from error
@@ -101,7 +100,7 @@ class StagedTensor:
         """A tensor on the memory that processing may write to or give other memory."""
         memory = self.materialize()
         data = memory.data.clone() if self.tied else memory.data
-        return meta_tensors.like(data, memory)
+        return meta_tensors.like(data, self.meta)
 
     @cached_property
     def calls(self) -> FirstLoad:
