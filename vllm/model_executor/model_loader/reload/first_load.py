@@ -3,7 +3,7 @@
 """Watching a model's first load, from its creation to the processing of its weights."""
 
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import lru_cache, update_wrapper
 from typing import Any
 from weakref import ref
 
@@ -233,4 +233,10 @@ def owed_by(
     if not (first.seen if known else loadable):
         return _NOTHING_OWED.fresh()
     slack = meta.numel() - get_tensor_load_numel(meta)
-    return Ledger([Box.whole(meta.shape)], slack)
+    return _whole(tuple(meta.shape), slack).fresh()
+
+
+@lru_cache(maxsize=1024)
+def _whole(shape: tuple[int, ...], slack: int) -> Ledger:
+    """All of a tensor, but for some padding; made once for all that are alike."""
+    return Ledger([Box.whole(shape)], slack)
