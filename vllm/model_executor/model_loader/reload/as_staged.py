@@ -117,4 +117,4 @@ def _pairs(commit: Commit) -> set[tuple[Place, Place]]:
 
 def _targets(commit: Commit) -> frozenset[Place]:
     with torch._C.DisableTorchFunction():
-        return frozenset(place_of(live) for live, _ in commit.copies)
+        return frozenset(commit.targets)

@@ -11,7 +11,7 @@ name what cannot be paired; applying it cannot fail halfway for such a reason.
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -62,6 +62,11 @@ class Commit:
     layer: str
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     assignments: list[Assignment] = field(default_factory=list)
+
+    @cached_property
+    def targets(self) -> list[Place]:
+        """Where its copies go, once all of them are known."""
+        return [place_of(live) for live, _ in self.copies]
 
     @torch.no_grad()
     def apply(self) -> None:

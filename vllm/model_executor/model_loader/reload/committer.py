@@ -15,7 +15,7 @@ from vllm.config import ModelConfig
 
 from .as_staged import commit_as_staged, prepare_commit_of
 from .bitwise import same_bytes
-from .commit import Commit, Place, place_of
+from .commit import Commit, Place
 from .errors import Finding, WeightSyncError
 from .model_reload import ModelReload
 from .pristine import Shadow
@@ -241,8 +241,8 @@ class Committer:
         Loading ties an output projection to the embedding where a checkpoint repeats
         it; the next checkpoint may not.
         """
-        pairs = [(place_of(live), live, new) for live, new in commit.copies]
-        for place, _, new in pairs:
+        pairs = list(zip(commit.targets, commit.copies))
+        for place, (_, new) in pairs:
             other = self._claimed.get(place)
             if other is not None and not same_bytes(other, new):
                 raise WeightSyncError(
@@ -251,7 +251,7 @@ class Committer:
                 )
         # What will be applied at once is in the live tensor, and not kept twice.
         at_once = self._policy is CommitPolicy.LAYER
-        for place, live, new in pairs:
+        for place, (live, new) in pairs:
             self._claimed[place] = live if at_once else new
 
     def _apply(self, layer: StagedLayer, commit: Commit) -> None:
