@@ -134,10 +134,10 @@ class PlannedCopies:
         return run
 
     def _is_known(self, weights: Sequence[Named], place: int) -> bool:
-        """Whether a run begins there that need not be looked at again."""
+        """Whether a run seems to begin there that need not be looked at again."""
         name, _ = weights[place]
         run = self._known.get(name)
-        return run is not None and run.is_like(weights, place)
+        return run is not None and run.is_named_like(weights, place)
 
     def _numbers_at(self, weights: Sequence[Named], start: int) -> list[int]:
         """Numbers of the routes of a run that begins there.

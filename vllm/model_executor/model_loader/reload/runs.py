@@ -109,6 +109,10 @@ class Run:
         names, tensors = self._sent(weights, start)
         return names == self._names and self._guards.check(*tensors)
 
+    def is_named_like(self, weights: Sequence[Named], start: int) -> bool:
+        """Whether the names are the same, whatever the tensors are."""
+        return self._sent(weights, start)[0] == self._names
+
     def _sent(
         self, weights: Sequence[Named], start: int
     ) -> tuple[tuple[str, ...], tuple[torch.Tensor, ...]]:
