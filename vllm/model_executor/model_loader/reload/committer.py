@@ -101,7 +101,7 @@ class Committer:
 
     def commit(self, layers: Sequence[StagedLayer]) -> None:
         """Commit those of these layers that may be served; the others stay open."""
-        with self._aside():
+        with self._mode.paused():
             good = self._servable(layers)
             as_staged = self._close(good)
             for layer in good:
@@ -201,7 +201,8 @@ class Committer:
         """Return a layer's commit, made now if it was not, once it is checked."""
         with self._times.committing.on(layer):
             if commit is None:
-                commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
+                with self._aside():
+                    commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
             with torch._C.DisableTorchFunction():
                 self._check_shared(commit)
         return commit

@@ -115,7 +115,8 @@ class Run:
 
     def _sent(
         self, weights: Sequence[Named], start: int
-    ) -> tuple[tuple[str, ...], tuple[torch.Tensor, ...]]:
+    ) -> tuple[list[str], list[torch.Tensor]]:
         """Names of the run's tensors and of the one that follows, and the tensors."""
-        names, tensors = zip(*weights[start : start + self._count + 1])
-        return names, tensors[: self._count]
+        sent = weights[start : start + self._count + 1]
+        # Not by `zip`, which makes an iterator of each for the garbage collector.
+        return [name for name, _ in sent], [each for _, each in sent[: self._count]]
