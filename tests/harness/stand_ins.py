@@ -63,6 +63,8 @@ def install(patch: pytest.MonkeyPatch) -> None:
     _fall_back_to_triton_experts(patch, compressed_fp8)
     if not hasattr(AttentionBackendEnum, "CPU_MLA"):
         _hold_latent_attention_as_triton_does(patch)
+    if current_platform.is_cpu():
+        _let_attention_cache_fp8(patch)
     # Some releases take a CPU for a GPU that is too old for FP8.
     patch.setattr(
         CompressedTensorsConfig, "_check_scheme_supported", lambda *_, **__: True
@@ -108,6 +110,14 @@ def _cannot_pack(backend: Fp8MoeBackend) -> bool:
     """Whether the CPU backend was chosen, though vLLM's compiled part is missing."""
     is_cpu = backend is Fp8MoeBackend.CPU and current_platform.is_cpu()
     return is_cpu and not hasattr(torch.ops._C, "convert_weight_packed")
+
+
+def _let_attention_cache_fp8(patch: pytest.MonkeyPatch) -> None:
+    """Some releases refuse where the processor could not attend to such a cache."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    supports = classmethod(lambda *_: True)
+    patch.setattr(CPUAttentionBackend, "supports_kv_cache_dtype", supports)
 
 
 def _hold_latent_attention_as_triton_does(patch: pytest.MonkeyPatch) -> None:
