@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import (
     finish_first_load,
+    initialize_online_processing,
     prepare_layerwise_reload,
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -230,3 +231,31 @@ def test_nothing_is_loaded_into_what_serves(plan, exposed, monkeypatch):
     with pytest.raises(WeightSyncError, match="came again with other values"):
         model.load_weights(zeros.items())
     assert model.embedding.weight.all() and model.output.packed.all()
+
+
+class OfItsOwnClass(torch.nn.Parameter):
+    output_dim: int
+
+
+class Seeing(Transpose):
+    """Notes the weights that it is to process."""
+
+    def __init__(self):
+        self.seen: list[Any] = []
+
+    def process_weights_after_loading(self, layer):
+        self.seen.append(layer.weight)
+
+
+def test_what_is_processed_while_loading_is_of_the_class_it_was_created_as():
+    layer: Any = Projection(2, 3)
+    loader = layer.weight.weight_loader
+    layer.weight = OfItsOwnClass(layer.weight.data.to("meta"), requires_grad=False)
+    layer.weight.weight_loader, layer.weight.output_dim = loader, 1
+    layer.quant_method = Seeing()
+    initialize_online_processing(layer)
+    layer.weight.weight_loader(layer.weight, torch.ones(2, 3))
+    (weight,) = layer.quant_method.seen
+    assert weight is layer.weight and type(weight) is OfItsOwnClass
+    assert weight.output_dim == 1 and weight.weight_loader is loader
+    assert weight.eq(1).all()

@@ -117,9 +117,10 @@ class OnlineLoad:
             memory = tensor.materialize()
             for box in tensor.ledger.missing():
                 memory.data[box.slices()] = 0
-            _restore_loader(memory)
             if layer._parameters.get(name) is tensor.meta:
+                memory = tensor.processable()
                 setattr(layer, name, memory)
+            _restore_loader(memory)
         process_quantized(layer)
         self._info.reset()
 
