@@ -128,14 +128,23 @@ def ends_of_runs(planned: PlannedCopies, sent: list, start: int = 0) -> list[int
 
 
 def test_a_new_route_leaves_the_runs_around_it_known():
-    table = RouteTable({name: ROUTES[name] for name in ("a", "b", "d")}, {})
+    table = RouteTable({name: ROUTES[name] for name in ("a", "c", "d")}, {})
     sent = weights("abcd")
     first = Counting(ROUTES, [], lambda _: None, None, table)
-    assert ends_of_runs(first, sent) == [2] and ends_of_runs(first, sent, 3) == [4]
-    table.add({"c": ROUTES["c"]}, {})
+    assert ends_of_runs(first, sent) == [1] and ends_of_runs(first, sent, 2) == [4]
+    table.add({"b": ROUTES["b"]}, {})
     second = Counting(ROUTES, [], lambda _: None, None, table)
-    assert ends_of_runs(second, sent) == [2, 3, 4]
+    assert ends_of_runs(second, sent) == [1, 2, 4]
     assert second.looks == 1
+
+
+def test_lists_that_are_cut_elsewhere_each_time_leave_one_run():
+    table = RouteTable(ROUTES, {})
+    for cut in (3, 2, 1):
+        planned = PlannedCopies(ROUTES, [], lambda _: None, None, table)
+        for names in ("abcd"[:cut], "abcd"[cut:]):
+            ends_of_runs(planned, weights(names))
+    assert sync(table, weights("abcd")) == 1
 
 
 def test_a_run_goes_past_where_another_began_that_is_not_sent():

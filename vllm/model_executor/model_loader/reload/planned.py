@@ -133,11 +133,16 @@ class PlannedCopies:
         self._table.runs[first] = run
         return run
 
-    def _is_known(self, weights: Sequence[Named], place: int) -> bool:
-        """Whether a run seems to begin there that need not be looked at again."""
-        name, _ = weights[place]
-        run = self._known.get(name)
-        return run is not None and run.is_named_like(weights, place)
+    def _is_known(self, weights: Sequence[Named], place: int, taken: int) -> bool:
+        """Whether a run seems to begin there that need not be looked at again.
+
+        One that is no longer than what was taken before it is: where lists are cut at
+        other places in each sync, there would be ever more runs, and shorter ones.
+        """
+        run = self._known.get(weights[place][0])
+        if run is None or len(run) <= taken:
+            return False
+        return run.is_named_like(weights, place)
 
     def _numbers_at(self, weights: Sequence[Named], start: int) -> list[int]:
         """Numbers of the routes of a run that begins there.
@@ -151,7 +156,8 @@ class PlannedCopies:
         for place in range(start, len(weights)):
             name, tensor = weights[place]
             number = number_of(name)
-            if number is None or numbers and self._is_known(weights, place):
+            taken = len(numbers)
+            if number is None or taken and self._is_known(weights, place, taken):
                 break
             shape, dtype, layer, _, _ = kinds[number]
             if (
