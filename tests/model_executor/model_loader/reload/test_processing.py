@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Layers are processed in a sync as a cold load processes them."""
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -235,6 +236,7 @@ def test_nothing_is_loaded_into_what_serves(plan, exposed, monkeypatch):
 
 class OfItsOwnClass(torch.nn.Parameter):
     output_dim: int
+    weight_loader: Any
 
 
 class Seeing(Transpose):
@@ -259,3 +261,21 @@ def test_what_is_processed_while_loading_is_of_the_class_it_was_created_as():
     assert weight is layer.weight and type(weight) is OfItsOwnClass
     assert weight.output_dim == 1 and weight.weight_loader is loader
     assert weight.eq(1).all()
+
+
+def test_what_was_loaded_is_let_go_once_it_is_processed():
+    layer: Any = Projection(256, 256)
+    loader = layer.weight.weight_loader
+    layer.weight = torch.nn.Parameter(layer.weight.data.to("meta"), False)
+    layer.weight.weight_loader = loader
+    layer.quant_method = Transpose()
+    loaded = torch.ones(256, 256)
+    gc.disable()
+    try:
+        with allocated() as count:
+            initialize_online_processing(layer)
+            layer.weight.weight_loader(layer.weight, loaded)
+    finally:
+        gc.enable()
+    assert count.peak < 2.5 * loaded.nbytes
+    assert count.left < 1.5 * loaded.nbytes

@@ -113,6 +113,12 @@ class OnlineLoad:
     def _process(self) -> None:
         layer = self._layer()
         assert layer is not None
+        self._hand_over(layer)
+        process_quantized(layer)
+        self._info.reset()
+
+    def _hand_over(self, layer: torch.nn.Module) -> None:
+        """Give the layer what was loaded, and hold none of it."""
         for name, tensor in self._tensors.items():
             memory = tensor.materialize()
             for box in tensor.ledger.missing():
@@ -121,8 +127,8 @@ class OnlineLoad:
                 memory = tensor.processable()
                 setattr(layer, name, memory)
             _restore_loader(memory)
-        process_quantized(layer)
-        self._info.reset()
+            # It and its loader hold each other until the garbage collector comes by.
+            tensor.memory = None
 
 
 def _below_recording(tensor: torch.Tensor) -> Callable | None:
