@@ -170,3 +170,19 @@ def test_a_loader_that_somebody_holds_takes_nothing_once_prepared(policy, make_m
         held.weight_loader(held, torch.zeros(held.shape))
     finish(built)
     assert reload_status(built.model).version == 1
+
+
+def test_what_is_complete_and_waits_is_not_served_by_an_incomplete_sync(
+    make_model, monkeypatch
+):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", "layer")
+    monkeypatch.setenv("VLLM_RELOAD_ROLLBACK", "off")
+    case = CASES[NAMES[0]]
+    built = make_model(case, seed=1)
+    before = serving(built)
+    sent = {"model.layers.0.input_layernorm.weight", OWED.removesuffix("_scale_inv")}
+    send(built, ((name, tensor) for name, tensor in case.tensors(2) if name in sent))
+    with pytest.raises(WeightSyncError, match="incomplete"):
+        finish(built)
+    assert_same(serving(built), before)
+    assert reload_status(built.model).state == "serving"

@@ -265,7 +265,6 @@ class ReloadTransaction:
         with agree_across_ranks():
             self._check_open()
             if self._prepared is None:
-                self._commit_now(self._ready.take())
                 self._check_complete()
                 self._prepared = self._committer.finish(self._left(), model_config)
         return self._prepared
