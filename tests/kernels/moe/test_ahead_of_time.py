@@ -161,7 +161,7 @@ KERNELS = {
     "scan": Kernel(
         path="layers.fused_moe.scale_scan:_scan_kernel",
         targets=("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"),
-        signature={"tensors": "*i64", "faults": "*i64"},
+        signature={"tensors": "*i64"},
         constexprs={"CHUNK": 2048},
     ),
     "copy, runs": _COPY,
