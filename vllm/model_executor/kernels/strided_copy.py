@@ -80,7 +80,7 @@ def _copy_runs(table_3C: np.ndarray, device: torch.device) -> None:
 def _copy_rows(layout: Strided, addresses_2C: np.ndarray, device: torch.device) -> None:
     """Copy what is in many pieces."""
     strides = reduce(or_, layout[2:])
-    aligned = int(_alignment(addresses_2C | strides).min(initial=16))
+    aligned = int(_alignment(addresses_2C | strides).min())
     word = _WORDS[aligned]
     size = word.primitive_bitwidth // 8
     table_2C = _on_device(addresses_2C, device)

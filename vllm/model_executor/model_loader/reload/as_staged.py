@@ -112,7 +112,7 @@ class _ProcessingWatch(TorchDispatchMode):
 
 
 def _pairs(commit: Commit) -> set[tuple[Place, Place]]:
-    return {(place_of(live), place_of(new)) for live, new in commit.copies}
+    return set(zip(commit.targets, (place_of(new) for _, new in commit.copies)))
 
 
 def _targets(commit: Commit) -> frozenset[Place]:

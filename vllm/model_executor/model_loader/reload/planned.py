@@ -179,11 +179,11 @@ class PlannedCopies:
 
     def _stage_run(self, run: Run, weights: Sequence[Named]) -> None:
         begins = map(torch.Tensor.data_ptr, map(itemgetter(1), weights))
-        source_n = np.fromiter(begins, np.int64, len(run))[run.order_n] + run.source_n
+        source_n = np.fromiter(begins, np.int64, len(run)) + run.source_n
         for part in run.parts:
             if part.kind.tensor is None:
                 self.layers[None] += len(part.place_m)
-            elif not self._stage_part(part, weights, source_n[part.span]):
+            elif not self._stage_part(part, weights, source_n[part.place_m]):
                 for place in part.place_m:
                     self.take(*weights[place])
 

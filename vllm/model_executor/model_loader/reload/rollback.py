@@ -12,7 +12,7 @@ import torch
 import vllm.envs as envs
 from vllm.utils.platform_utils import is_pin_memory_available
 
-from .commit import Commit, Place, place_of
+from .commit import Commit, Place
 
 __all__ = ["Rollback"]
 
@@ -59,8 +59,8 @@ class Rollback:
     @torch.no_grad()
     def keep(self, commit: Commit) -> None:
         """Keep what `commit` will overwrite."""
-        for live, _ in commit.copies:
-            key = place_of(live), live.dtype
+        for place, (live, _) in zip(commit.targets, commit.copies):
+            key = place, live.dtype
             # Of memory that several layers share, the first copy is the old value.
             if key not in self._values:
                 self._values[key] = live, _host_copy(live.data)

@@ -35,7 +35,6 @@ class Part(NamedTuple):
 
     Attributes:
         kind: what their routes have in common.
-        span: where they are in the run's order.
         place_m: their places in the run, int64.
         number_m: numbers of their routes, int64.
         box_m: numbers of the boxes that they fill, int64.
@@ -45,7 +44,6 @@ class Part(NamedTuple):
     """
 
     kind: Kind
-    span: slice
     place_m: np.ndarray
     number_m: np.ndarray
     box_m: np.ndarray
@@ -64,8 +62,7 @@ class Run:
 
     Attributes:
         parts: the run, by kind.
-        order_n: its places, by kind, int64.
-        source_n: where each tensor begins to be read, in bytes, by kind, int64.
+        source_n: where each begins to be read, in bytes, int64.
 
     """
 
@@ -80,23 +77,16 @@ class Run:
         self._names, tensors = self._sent(weights, start)
         self._guards = guards_of(*tensors)
         number_n = np.array(numbers)
-        self.order_n = np.argsort(table.kind_R[number_n], kind="stable")
-        number_n = number_n[self.order_n]
         self.source_n = table.source_R[number_n]
-        kinds, begins = np.unique(table.kind_R[number_n], return_index=True)
-        ends = [*begins[1:], len(number_n)]
-        self.parts = [
-            self._part(table, table.distinct[kind], number_n, slice(begin, end))
-            for kind, begin, end in zip(kinds, begins, ends)
-        ]
-
-    def _part(
-        self, table: RouteTable, kind: Kind, number_n: np.ndarray, span: slice
-    ) -> Part:
-        number_m = number_n[span]
-        columns = number_m, table.box_R[number_m], table.target_R[number_m]
-        numel = int(table.numel_R[number_m].sum())
-        return Part(kind, span, self.order_n[span], *columns, numel)
+        kind_n = table.kind_R[number_n]
+        self.parts: list[Part] = []
+        for kind in np.unique(kind_n):
+            place_m = np.flatnonzero(kind_n == kind)
+            number_m = number_n[place_m]
+            columns = table.box_R[number_m], table.target_R[number_m]
+            numel = int(table.numel_R[number_m].sum())
+            part = Part(table.distinct[kind], place_m, number_m, *columns, numel)
+            self.parts.append(part)
 
     def __len__(self) -> int:
         return self._count
