@@ -4,13 +4,14 @@
 
 import os
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 import vllm.envs as envs
-from vllm.model_executor.model_loader.reload import meta
-from vllm.model_executor.model_loader.reload.commit import Commit
+from vllm.model_executor.model_loader.reload import committer, meta
+from vllm.model_executor.model_loader.reload.commit import Commit, apply_commits
 
 __all__ = ["FaultyWorker"]
 
@@ -53,14 +54,14 @@ class FaultyWorker:
 
     def commit_slowly(self, seconds: str) -> None:
         """Let each layer take its time to be committed."""
-        apply = Commit.apply
 
-        def slow(commit: Commit) -> None:
-            print("a layer is being committed", flush=True)
-            time.sleep(float(seconds))
-            apply(commit)
+        def slow(commits: Sequence[Commit]) -> None:
+            for commit in commits:
+                print("a layer is being committed", flush=True)
+                time.sleep(float(seconds))
+                apply_commits([commit])
 
-        self._change(Commit, "apply", slow)
+        self._change(committer, "apply_commits", slow)
 
     def behave(self) -> dict[str, bool]:
         """Be an ordinary worker again; tell whether its memory had run out."""

@@ -20,6 +20,7 @@ Snapshot = dict[str, torch.Tensor]
 # Attributes that hold no part of what a model serves with.
 SKIPPED_ATTRIBUTES = {
     "weight_loader": "serves loading; forward never reads it",
+    "load_weights": "an open sync, which knows all layers as they were created",
     "handler_tensor": "address of weights packed by oneDNN; `_probe` reads them",
     "kv_cache": "a placeholder until an engine binds its cache",
     "_do_torchao_reload": "a note of upstream's reload; forward never reads it",

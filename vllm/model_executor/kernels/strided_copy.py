@@ -54,8 +54,11 @@ def copy_strided(batches: Mapping[Strided, np.ndarray], device: torch.device) ->
 def _run_table(runs: list[tuple[int, np.ndarray]]) -> np.ndarray:
     """Addresses of targets, of sources, and bytes, [3, C] int64."""
     sizes, addresses = zip(*runs)
-    bytes_C = np.repeat(sizes, [addresses_2C.shape[1] for addresses_2C in addresses])
-    return np.vstack([np.concatenate(addresses, axis=1), bytes_C])
+    counts = [addresses_2C.shape[1] for addresses_2C in addresses]
+    table_3C = np.empty((3, sum(counts)), dtype=np.int64)
+    np.concatenate(addresses, axis=1, out=table_3C[:2])
+    table_3C[2] = np.repeat(sizes, counts)
+    return table_3C
 
 
 def _copy_runs(table_3C: np.ndarray, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch
 from vllm.model_executor.model_loader.reload.commit import (
     Assignment,
     Commit,
+    apply_commits,
     prepare_commit,
 )
 from vllm.model_executor.model_loader.reload.errors import WeightSyncError
@@ -106,7 +107,7 @@ def test_new_values_serve(make, read):
     address = layer.weight.data_ptr()
     prepared = commit()
     assert layer.weight.tolist() == read(layer.method.held).tolist() == [3, 3]
-    prepared.apply()
+    apply_commits([prepared])
     assert layer.weight.tolist() == read(layer.method.held).tolist() == [0.5, 0.5]
     assert layer.weight.data_ptr() == address
 
@@ -126,7 +127,7 @@ def test_a_rollback_puts_back_values_and_objects(make, read):
 def roll_back(commit: Commit) -> None:
     rollback = Rollback()
     rollback.keep(commit)
-    commit.apply()
+    apply_commits([commit])
     rollback.restore()
 
 
@@ -158,7 +159,7 @@ def test_a_rollback_starts_with_the_last_commit():
         there, back = functools.partial(assign, new), functools.partial(assign, old)
         commit = Commit("layer", assignments=[Assignment(there, back)])
         rollback.keep(commit)
-        commit.apply()
+        apply_commits([commit])
     assert helper.level == 3.0
     rollback.restore()
     assert helper.level == 1.0
@@ -172,7 +173,7 @@ def test_a_rollback_of_two_commits_to_one_memory():
     rollback = Rollback()
     for commit in (first(), second()):
         rollback.keep(commit)
-        commit.apply()
+        apply_commits([commit])
     assert layer.weight.tolist() == [0.25, 0.25]
     assert rollback.nbytes == layer.weight.nbytes
     rollback.restore()
@@ -185,7 +186,7 @@ def test_a_rollback_of_overlapping_memory():
     for part in (memory[1:3], memory, memory[1:3], memory[2:]):
         commit = Commit("layer", [(part, torch.rand(part.shape))])
         rollback.keep(commit)
-        commit.apply()
+        apply_commits([commit])
     rollback.restore()
     assert memory.tolist() == [1, 2, 3, 4]
 
@@ -193,7 +194,7 @@ def test_a_rollback_of_overlapping_memory():
 def test_held_tensor_keeps_its_address():
     layer, commit = prepare(lambda helper, w: setattr(helper, "held", w))
     held = layer.method.held
-    commit().apply()
+    apply_commits([commit()])
     assert layer.method.held is held
 
 
@@ -214,7 +215,7 @@ def test_number_returns_to_its_first_value():
             helper.level = 2.0
 
     layer, commit = prepare(process)
-    commit().apply()
+    apply_commits([commit()])
     assert layer.method.level == 1.0
 
 
@@ -223,7 +224,7 @@ def test_nested_containers_written_in_place():
         helper.nested["levels"][0] = float(w[0])
 
     layer, commit = prepare(process)
-    commit().apply()
+    apply_commits([commit()])
     assert layer.method.nested == {"levels": [0.5]}
 
 
@@ -232,5 +233,5 @@ def test_dictionary_loses_old_keys():
         helper.held = {"big" if w[0] > 1 else "small": 1}
 
     layer, commit = prepare(process)
-    commit().apply()
+    apply_commits([commit()])
     assert layer.method.held == {"small": 1}

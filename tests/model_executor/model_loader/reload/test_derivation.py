@@ -67,7 +67,7 @@ def first_sync(model, sent):
     model.load_weights(iter(sent.items()))
     assert finish_recording(model)
     model.layers[0].derived[0] = 0
-    layers = stage_model(model, True, lambda *_: None)
+    layers = stage_model(dict(model.named_modules()), True, lambda *_: None)
     return [tensor for layer in layers for tensor in layer.tensors]
 
 

@@ -40,7 +40,7 @@ def staged_after(model: torch.nn.Module, **tensors: torch.Tensor) -> list[Staged
     model.load_weights(iter(tensors.items()))
     assert finish_recording(model)
     assert "load_weights" not in vars(model)
-    layers = stage_model(model, True, lambda *_: None)
+    layers = stage_model(dict(model.named_modules()), True, lambda *_: None)
     return [tensor for layer in layers for tensor in layer.tensors]
 
 
@@ -143,7 +143,7 @@ def test_a_name_that_was_sent_twice_has_no_route():
     start_recording(model)
     model.load_weights(iter([("a", bucket), ("a", bucket)]))
     finish_recording(model)
-    layers = stage_model(model, True, lambda *_: None)
+    layers = stage_model(dict(model.named_modules()), True, lambda *_: None)
     assert not first_routes([tensor for layer in layers for tensor in layer.tensors])
 
 

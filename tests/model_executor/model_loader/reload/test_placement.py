@@ -136,7 +136,9 @@ def test_all_experts_at_once_are_refused_where_they_have_moved():
 
 def test_layers_that_are_not_balanced_have_no_placement(make_model):
     model = make_model(CASE, seed=1).model
-    assert not expert_placements(model)
+    modules = dict(model.named_modules())
+    assert not expert_placements(modules)
     move_experts(model, 1, list(range(CASE.sizes.experts)))
-    names = {n for n, m in model.named_modules() if m in expert_placements(model)}
+    placed = expert_placements(modules)
+    names = {name for name, module in modules.items() if module in placed}
     assert names and all(name.startswith("model.layers.1.mlp") for name in names)

@@ -272,27 +272,27 @@ def test_what_does_not_fit_goes_through_its_loader(tensor):
     assert planned.take_run([("a", A)], 0) == 1
 
 
-def model_with(expert_map):
+def modules_with(expert_map):
     model = torch.nn.Module()
     model.expert_map = torch.tensor(expert_map)
-    return model
+    return {"": model}
 
 
 def test_a_plan_dies_with_the_model_that_it_was_made_for():
     metas = [torch.empty(4, 6, device="meta")]
-    before = fingerprint(model_with([0, 1, -1]), metas)
+    before = fingerprint(modules_with([0, 1, -1]), metas)
     route = Route(TensorSpec.of(A), ())
     plan = Plan()
     plan.take_over({"a": route}, before)
-    same = fingerprint(model_with([0, 1, -1]), metas)
+    same = fingerprint(modules_with([0, 1, -1]), metas)
     assert plan.routes_for(same) == {"a": route}
     for other in (
-        fingerprint(model_with([0, -1, 1]), metas),
-        fingerprint(model_with([0, 1, -1]), [torch.empty(6, 4, device="meta")]),
-        fingerprint(model_with([0, 1, -1]), [metas[0].bfloat16()]),
+        fingerprint(modules_with([0, -1, 1]), metas),
+        fingerprint(modules_with([0, 1, -1]), [torch.empty(6, 4, device="meta")]),
+        fingerprint(modules_with([0, 1, -1]), [metas[0].bfloat16()]),
     ):
         assert not plan.routes_for(other)
-    plan.take_over({"b": route}, fingerprint(model_with([1, 0, -1]), metas))
+    plan.take_over({"b": route}, fingerprint(modules_with([1, 0, -1]), metas))
     assert set(plan.routes) == {"b"}
 
 

@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.model_loader.reload.ledger import Ledger
 from vllm.model_executor.model_loader.reload.ready_layers import ReadyLayers
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
+from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.staging import StagedLayer, StagedTensor
 
 
@@ -14,7 +15,9 @@ def layer(name: str, nbytes: int) -> StagedLayer:
     meta = torch.empty(nbytes, dtype=torch.uint8, device="meta")
     rest = torch.device("cpu"), FirstLoad(), Ledger([])
     tensor = StagedTensor(name, "weight", meta, *rest)
-    return StagedLayer(name, torch.nn.Module(), {"weight": tensor}, {}, [tensor])
+    module = torch.nn.Module()
+    parts = get_layerwise_info(module), {"weight": tensor}, {}, [tensor]
+    return StagedLayer(name, module, *parts)
 
 
 def test_small_layers_wait_for_a_share_of_the_largest():

@@ -4,7 +4,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -17,12 +17,13 @@ from vllm.model_executor.model_loader.reload import (
     ReloadStatus,
     WeightSyncError,
     abort_layerwise_reload,
+    committer,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     mark_inconsistent,
     reload_status,
 )
-from vllm.model_executor.model_loader.reload.commit import Commit
+from vllm.model_executor.model_loader.reload.commit import Commit, apply_commits
 from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.rollback import Rollback
 
@@ -138,14 +139,13 @@ def start_another(server: Server) -> None:
 def fail_to_commit(server: Server) -> None:
     """Break off when a layer has been overwritten already."""
 
-    def fails(commit: Commit) -> None:
-        apply(commit)
-        if commit.layer == "model.layers.0.input_layernorm":
+    def fails(commits: Sequence[Commit]) -> None:
+        apply_commits(commits)
+        if any(c.layer == "model.layers.0.input_layernorm" for c in commits):
             raise RuntimeError("the device is gone")
 
-    apply = Commit.apply
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Commit, "apply", fails)
+        patch.setattr(committer, "apply_commits", fails)
         with pytest.raises(WeightSyncError, match="the device is gone"):
             server.sync(server.new)
 

@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Operators on staged tensors reach their memory, and what they write is noted."""
 
+import copy
+import inspect
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from vllm.model_executor.model_loader.reload.checks import is_castable
 from vllm.model_executor.model_loader.reload.errors import WeightSyncError
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
+from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.staging import (
     StagedLayer,
     StagedLoader,
@@ -24,6 +28,12 @@ def staged(shape=(4, 6), dtype=torch.float32, initial=None) -> StagedTensor:
     ledger = Ledger([Box.whole(shape)])
     device = torch.device("cpu")
     return StagedTensor("layer", "weight", meta, device, FirstLoad(), ledger, initial)
+
+
+def staged_layer(tensor: StagedTensor) -> StagedLayer:
+    layer = torch.nn.Module()
+    info = get_layerwise_info(layer)
+    return StagedLayer("layer", layer, info, {"weight": tensor}, {}, [tensor])
 
 
 def test_a_tensor_without_memory_is_named():
@@ -95,7 +105,7 @@ def by_output(meta: torch.Tensor) -> None:
 @pytest.mark.parametrize("load", [by_indices, by_group, by_output])
 def test_what_is_loaded_by_other_operators_is_missing(load):
     tensor = staged()
-    layer = StagedLayer("layer", torch.nn.Module(), {"weight": tensor}, {}, [tensor])
+    layer = staged_layer(tensor)
     assert not layer.received
     with StagingMode([tensor]):
         load(tensor.meta)
@@ -109,7 +119,7 @@ def test_what_is_loaded_by_other_operators_is_missing(load):
 @pytest.mark.parametrize("look", [torch.Tensor.detach, lambda meta: meta.data[0]])
 def test_what_was_only_looked_at_is_not_received(look):
     tensor = staged()
-    layer = StagedLayer("layer", torch.nn.Module(), {"weight": tensor}, {}, [tensor])
+    layer = staged_layer(tensor)
     with StagingMode([tensor]):
         look(tensor.meta)
     assert not layer.received
@@ -117,7 +127,7 @@ def test_what_was_only_looked_at_is_not_received(look):
 
 def test_what_another_one_was_made_of_is_received():
     tensor, other = staged(), staged()
-    layer = StagedLayer("layer", torch.nn.Module(), {"weight": tensor}, {}, [tensor])
+    layer = staged_layer(tensor)
     with StagingMode([tensor, other]):
         other.meta.data.copy_(tensor.meta)
     assert layer.received and other.written
@@ -173,6 +183,18 @@ def load_through(tensor: StagedTensor, first: torch.Tensor, came: torch.Tensor) 
     run = StagedLoader(loader, tensor, lambda self, a, k: self.load(a, k))
     with StagingMode([tensor]):
         run(tensor.meta, came)
+
+
+def test_a_loader_under_staging_looks_like_the_original():
+    def loader(param: torch.Tensor, weight: torch.Tensor, shard_id: str) -> None:
+        pass
+
+    loader.supports_moe_loading = True
+    run = StagedLoader(loader, staged(), lambda *_: None)
+    assert run == loader and run.__name__ == "loader" and run.supports_moe_loading
+    assert [*inspect.signature(run).parameters] == ["param", "weight", "shard_id"]
+    assert not hasattr(run, "is_something_else")
+    assert copy.copy(run) == loader  # which asks an object without attributes
 
 
 def test_another_shape_is_refused():

@@ -20,7 +20,6 @@ from .commit import Commit, Place, place_of
 from .errors import WeightSyncError
 from .fingerprint import Fingerprint, fingerprints
 from .processing import is_processed, pair_layer, prepare_as_staged, process_layer
-from .registry import get_layerwise_info
 from .staging import StagedLayer
 
 __all__ = ["commit_as_staged", "prepare_commit_of"]
@@ -38,7 +37,7 @@ def commit_as_staged(staged: StagedLayer) -> Commit | None:
     """
     if not is_processed(staged.layer):
         return _prepare_as_staged(staged)
-    info = get_layerwise_info(staged.layer)
+    info = staged.info
     if not info.as_staged:
         return None
     commit = _prepare_as_staged(staged)
@@ -61,7 +60,7 @@ def prepare_commit_of(staged: StagedLayer, renew: bool = False) -> Commit:
     commit = commit_as_staged(staged)
     if commit is not None:
         return commit
-    info = get_layerwise_info(staged.layer)
+    info = staged.info
     if info.as_staged is not None:
         return pair_layer(staged, process_layer(staged))
     watch = _ProcessingWatch(staged)

@@ -8,7 +8,7 @@ one to the other. A `Commit` is prepared first, which changes nothing and refuse
 name what cannot be paired; applying it cannot fail halfway for such a reason.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .copying import copy_values
+from .copying import copy_together, copy_values
 from .errors import Finding, WeightSyncError
 from .objects import PLAIN, fields
 from .pristine import Shadow, ShadowPart
@@ -26,6 +26,7 @@ __all__ = [
     "Assignment",
     "Commit",
     "Place",
+    "apply_commits",
     "pair_tensors",
     "place_of",
     "prepare_commit",
@@ -57,22 +58,38 @@ class Assignment:
 
 @dataclass
 class Commit:
-    """Copies and assignments that put a processed layer into service."""
+    """Copies and assignments that put a processed layer into service.
+
+    Attributes:
+        layer: its qualified name.
+        copies: tensors that serve, and those whose values they take.
+        assignments: what else changes, after the copies.
+        as_staged: whether all it copies is staged memory, so that no copy reads what
+            another has written.
+
+    """
 
     layer: str
     copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     assignments: list[Assignment] = field(default_factory=list)
+    as_staged: bool = False
 
     @cached_property
     def targets(self) -> list[Place]:
         """Where its copies go, once all of them are known."""
         return [place_of(live) for live, _ in self.copies]
 
-    @torch.no_grad()
-    def apply(self) -> None:
-        for live, new in self.copies:
+
+@torch.no_grad()
+def apply_commits(commits: Sequence[Commit]) -> None:
+    """Put processed layers into service."""
+    copy_together(
+        pair for commit in commits if commit.as_staged for pair in commit.copies
+    )
+    for commit in commits:
+        for live, new in () if commit.as_staged else commit.copies:
             copy_values(live.data, new.data)
-        for assignment in self.assignments:
+        for assignment in commit.assignments:
             assignment.apply()
 
 
@@ -155,7 +172,8 @@ class _Pairing:
             serving = getattr(live, name, None)
             if not isinstance(serving, torch.Tensor):
                 raise self._refuse(name, "processing made a tensor that does not serve")
-            self.pair(serving, tensor, name)
+            if serving is not tensor:
+                self._copy(serving, tensor, name)
 
     def pair(self, live: Any, new: Any, path: str) -> Any:
         """What the owner of `live` should hold once `new` serves; plans the copies."""
@@ -268,20 +286,22 @@ class _Pairing:
         self.commit.assignments.append(Assignment(apply, revert))
 
     def _copy(self, live: torch.Tensor, new: torch.Tensor, path: str) -> None:
-        for what in ("shape", "dtype", "device"):
-            serving, came = getattr(live, what), getattr(new, what)
-            if serving != came:
-                raise self._refuse(path, f"{what} {serving} serves, now {came}")
-        if live.numel() and (live.data_ptr(), live.stride()) != (
-            new.data_ptr(),
-            new.stride(),
-        ):
+        if _form(live) != _form(new):
+            pairs = zip(("shape", "dtype", "device"), _form(live), _form(new))
+            what, serving, came = next(each for each in pairs if each[1] != each[2])
+            raise self._refuse(path, f"{what} {serving} serves, now {came}")
+        same = live.data_ptr() == new.data_ptr() and live.stride() == new.stride()
+        if live.numel() and not same:
             self.commit.copies.append((live, new))
 
     def _refuse(self, path: str, detail: str) -> WeightSyncError:
         finding = Finding(self.commit.layer, path, detail)
         summary = "weight sync cannot put a processed layer into service"
         return WeightSyncError(summary, invalid=[finding])
+
+
+def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _attribute(

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
@@ -15,12 +15,11 @@ from vllm.config import ModelConfig
 
 from .as_staged import commit_as_staged, prepare_commit_of
 from .bitwise import same_bytes
-from .commit import Commit, Place
+from .commit import Commit, Place, apply_commits
 from .errors import Finding, WeightSyncError
 from .model_reload import ModelReload
 from .pristine import Shadow
 from .processing import is_attention, pair_layer, process_layer, unservable
-from .registry import get_layerwise_info
 from .rollback import Rollback
 from .staging import StagedLayer, StagedTensor, StagingMode, close
 from .sync_report import SyncTimes
@@ -104,9 +103,11 @@ class Committer:
         with self._mode.paused():
             good = self._servable(layers)
             as_staged = self._close(good)
+            self._check_shared(as_staged.values())
+            self._apply(as_staged)
             for layer in good:
-                commit = as_staged.pop(layer, None)  # which holds staged memory
-                self._apply(layer, self._prepare(layer, commit))
+                if not layer.committed:
+                    self._apply({layer: self._prepare(layer)})
 
     def unservable(self, layers: Sequence[StagedLayer]) -> list[Finding]:
         """What is staged of these layers and must not be served."""
@@ -117,7 +118,7 @@ class Committer:
         refused = {finding.layer for finding in self.unservable(layers)}
         return [layer for layer in layers if layer.name not in refused]
 
-    def _close(self, layers: Sequence[StagedLayer]) -> dict[StagedLayer, Commit | None]:
+    def _close(self, layers: Sequence[StagedLayer]) -> dict[StagedLayer, Commit]:
         """Take no more writes to layers.
 
         Returns:
@@ -126,8 +127,9 @@ class Committer:
         """
         with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
             known = () if self._reload.lost else layers
-            commits = {layer: commit_as_staged(layer) for layer in known}
-            copies = [c for commit in commits.values() if commit for c in commit.copies]
+            made = ((layer, commit_as_staged(layer)) for layer in known)
+            commits = {layer: commit for layer, commit in made if commit is not None}
+            copies = (copy for commit in commits.values() for copy in commit.copies)
             serving = {id(new): live for live, new in copies}
             close([tensor for layer in layers for tensor in layer.tensors], serving)
         return commits
@@ -161,7 +163,7 @@ class Committer:
                     continue
                 commit = self._prepare(layer)
                 if self._policy is CommitPolicy.LAYER:
-                    self._apply(layer, commit)
+                    self._apply({layer: commit})
                 else:
                     prepared.append((layer, commit))
                     self._release(layer)
@@ -172,14 +174,13 @@ class Committer:
 
     def apply(self, prepared: Sequence[tuple[StagedLayer, Commit]]) -> None:
         """Let these layers serve, and the model as a whole."""
-        for layer, commit in prepared:
-            self._apply(layer, commit)
+        self._apply(dict(prepared))
         self._process_model()
 
     def drop(self, layer: StagedLayer) -> None:
         """Hide what is staged of a layer; drop its memory if nobody else commits it."""
         layer.hide()
-        get_layerwise_info(layer.layer).reset()
+        layer.info.reset()
         for tensor in layer.tensors:
             if all(owner.committed for owner in self._layers_of[tensor]):
                 self._mode.forget(tensor)
@@ -197,14 +198,12 @@ class Committer:
         if self._rollback is not None:
             self._rollback.clear()
 
-    def _prepare(self, layer: StagedLayer, commit: Commit | None = None) -> Commit:
-        """Return a layer's commit, made now if it was not, once it is checked."""
+    def _prepare(self, layer: StagedLayer) -> Commit:
+        """Return a layer's commit, once it is checked."""
         with self._times.committing.on(layer):
-            if commit is None:
-                with self._aside():
-                    commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
-            with torch._C.DisableTorchFunction():
-                self._check_shared(commit)
+            with self._aside():
+                commit = prepare_commit_of(layer, renew=bool(self._reload.lost))
+            self._check_shared([commit])
         return commit
 
     def _process(
@@ -220,7 +219,7 @@ class Committer:
     def _pair(self, layer: StagedLayer, shadow: Shadow) -> Commit:
         with self._times.committing.on(layer):
             commit = pair_layer(layer, shadow, renew=bool(self._reload.lost))
-            self._check_shared(commit)
+            self._check_shared([commit])
         return commit
 
     def _process_model(self) -> None:
@@ -236,34 +235,43 @@ class Committer:
         with self._mode.paused(), torch.inference_mode(False), torch.no_grad():
             yield
 
-    def _check_shared(self, commit: Commit) -> None:
+    def _check_shared(self, commits: Iterable[Commit]) -> None:
         """Refuse to serve two different tensors from one memory.
 
         Loading ties an output projection to the embedding where a checkpoint repeats
         it; the next checkpoint may not.
         """
-        pairs = list(zip(commit.targets, commit.copies))
-        for place, (_, new) in pairs:
-            other = self._claimed.get(place)
-            if other is not None and not same_bytes(other, new):
-                raise WeightSyncError(
-                    f"weight sync sends {commit.layer} values that differ from those "
-                    "of the layer whose memory it shares; load the checkpoint anew"
-                )
-        # What will be applied at once is in the live tensor, and not kept twice.
-        at_once = self._policy is CommitPolicy.LAYER
-        for place, (live, new) in pairs:
-            self._claimed[place] = live if at_once else new
+        with torch._C.DisableTorchFunction():
+            for commit in commits:
+                pairs = list(zip(commit.targets, commit.copies))
+                for place, (_, new) in pairs:
+                    other = self._claimed.get(place)
+                    if other is not None and not same_bytes(other, new):
+                        raise WeightSyncError(
+                            f"weight sync sends {commit.layer} values that differ from "
+                            "those of the layer whose memory it shares; load the "
+                            "checkpoint anew"
+                        )
+                self._claimed.update((place, new) for place, (_, new) in pairs)
 
-    def _apply(self, layer: StagedLayer, commit: Commit) -> None:
+    def _apply(self, commits: Mapping[StagedLayer, Commit]) -> None:
+        """Let layers serve what their commits bring."""
+        if not commits:
+            return
         if self._rollback is not None:
-            self._rollback.keep(commit)
+            for commit in commits.values():
+                self._rollback.keep(commit)
         self._times.pause()
-        layer.committed = True  # from the first copy on
-        with self._times.committing.on(layer), torch._C.DisableTorchFunction():
-            commit.apply()
-        self._times.note_committed(layer.name)
-        self.drop(layer)
+        for layer in commits:
+            layer.committed = True  # from the first copy on
+        with self._times.committing.on(*commits), torch._C.DisableTorchFunction():
+            apply_commits([*commits.values()])
+        for layer, commit in commits.items():
+            # What was applied is in the live tensor, and not kept twice.
+            live = (live for live, _ in commit.copies)
+            self._claimed.update(zip(commit.targets, live))
+            self._times.note_committed(layer.name)
+            self.drop(layer)
 
     def _release(self, layer: StagedLayer) -> None:
         """Drop the memory a layer is staged in, but for what its commit copies."""

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from ctypes import memmove
 from functools import partial
 
@@ -16,15 +16,17 @@ from vllm.model_executor.kernels.strided import Strided
 from vllm.triton_utils import HAS_TRITON
 
 from .ledger import Box
-from .route import Copy
+from .route import PLAIN_DISPATCH, Copy
 
-__all__ = ["Copies", "batch_launcher", "copy_values"]
+__all__ = ["Copies", "batch_launcher", "copy_together", "copy_values"]
 
 # Copies by their shape: addresses of targets and of sources, [2, copies] int64.
 Batches = Mapping[Strided, np.ndarray]
 Launch = Callable[[Batches], None]
 # Of targets and of sources.
 _Addresses = tuple[np.ndarray, np.ndarray]
+# A target and a source.
+_Pair = tuple[torch.Tensor, torch.Tensor]
 # Names of a layer and of its tensor.
 _Key = tuple[str, str]
 _Write = tuple[Box, Strided]
@@ -130,6 +132,51 @@ class Copies:
             for batches in filter(None, (runs, ones)):
                 assert self._launch is not None
                 self._launch({k: np.concatenate(v, axis=1) for k, v in batches.items()})
+
+
+def copy_together(pairs: Iterable[_Pair]) -> None:
+    """Copy tensors to others of their shapes, in any order, by one launch a device.
+
+    Args:
+        pairs: targets and sources; what a source reads, no target shares.
+
+    """
+    runs: defaultdict[torch.device, list[_Pair]] = defaultdict(list)
+    for target, source in pairs:
+        if _is_one_run(target, source):
+            runs[target.device].append((target, source))
+        else:
+            copy_values(target.data, source.data)
+    for device, dense in runs.items():
+        launch = batch_launcher(device)
+        if launch is not None:
+            launch(_batches_of(dense))
+            continue
+        for target, source in dense:
+            copy_values(target.data, source.data)
+
+
+def _is_one_run(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether copying the one to the other is copying bytes that follow each other."""
+    return (
+        target.is_contiguous()
+        and source.is_contiguous()
+        and target.shape == source.shape
+        and target.dtype is source.dtype
+        and target.get_device() == source.get_device()
+        and type(target).__torch_dispatch__ is PLAIN_DISPATCH
+    )
+
+
+def _batches_of(pairs: Iterable[_Pair]) -> Batches:
+    by_bytes: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for target, source in pairs:
+        addresses = target.data_ptr(), source.data_ptr()
+        by_bytes[target.nbytes].append(addresses)
+    return {
+        Strided(1, 1, n, 0, 0, 0, 0): np.array(addresses).T
+        for n, addresses in by_bytes.items()
+    }
 
 
 def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -187,6 +187,8 @@ def finish_recording(model: torch.nn.Module) -> bool:
 
     """
     loaded = False
+    if not get_layerwise_info(model).recording:
+        return loaded
     for layer in model.modules():
         _unwatch(layer)
         info = get_layerwise_info(layer)

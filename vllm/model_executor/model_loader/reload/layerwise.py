@@ -140,7 +140,8 @@ def finalize_layerwise_reload(
     transaction = _model_reload(model).transaction
     if transaction is not None:
         transaction.finish(model_config)
-    elif not any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+        return
+    if not any(get_layerwise_info(layer).can_load() for layer in model.modules()):
         with agree_across_ranks():  # other ranks may be waiting for this one's vote
             raise WeightSyncError("no weight sync is open, start one first")
     finalize_layerwise_processing(model, model_config)

@@ -7,6 +7,7 @@ twice changes nothing, so completion is coverage and never a count.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -75,6 +76,43 @@ class Box(_Box):
                 stop[d] = other.stop[d]
 
 
+class _Owed:
+    """What ledgers of tensors that are alike begin with.
+
+    Attributes:
+        slack: elements of it that may stay unwritten.
+        lanes: disjoint boxes, by their index in the first dimension.
+        numbers: of these boxes, from 0.
+        total: how many elements they have.
+        overlapping: whether some of these were asked for more than once.
+
+    """
+
+    def __init__(self, boxes: Sequence[Box], slack: int):
+        self.slack = slack
+        self.lanes: _Lanes = {}
+        for box in boxes:
+            for lane, part in _lanes(box):
+                self._owe(lane, part)
+        disjoint = [box for lane in self.lanes.values() for box in lane]
+        self.numbers = {box: i for i, box in enumerate(disjoint)}
+        self.total = sum(box.numel for box in disjoint)
+        self.overlapping = self.total < sum(box.numel for box in boxes)
+
+    def _owe(self, lane: int, box: Box) -> None:
+        fresh = [box]
+        for known in self.lanes.get(lane, ()):
+            fresh = [
+                p for f in fresh for p in (f.minus(known) if f.meets(known) else [f])
+            ]
+        self.lanes.setdefault(lane, {}).update(dict.fromkeys(fresh))
+
+    @cached_property
+    def step(self) -> int:
+        """See `Ledger.step`."""
+        return _step_of(self.numbers)
+
+
 class Ledger:
     """The boxes of one tensor that are owed and not yet written.
 
@@ -89,51 +127,40 @@ class Ledger:
             size only (`weight_loader_numel`).
 
     Attributes:
-        overlapping: whether some elements are owed more than once; the last write wins.
-        numbers: of what is owed, disjoint boxes that are numbered from 0.
         written_numel: how many elements were written; what came twice counts twice.
 
     """
 
     def __init__(self, owed: Sequence[Box], slack: int = 0):
-        self._slack = slack
-        self._owed: _Lanes = {}
-        for box in owed:
-            for lane, part in _lanes(box):
-                self._owe(lane, part)
-        boxes = [box for lane in self._owed.values() for box in lane]
-        self.numbers: Mapping[Box, int] = {box: i for i, box in enumerate(boxes)}
-        self._total = sum(box.numel for box in boxes)
-        self.overlapping = self._total < sum(box.numel for box in owed)
-        # Of what is owed; shared by all ledgers that owe the same, once one asks.
-        self._step_of_owed: list[int] = []
-        self._begin()
+        self._begin(_Owed(owed, slack))
 
-    def _owe(self, lane: int, box: Box) -> None:
-        fresh = [box]
-        for known in self._owed.get(lane, ()):
-            fresh = [
-                p for f in fresh for p in (f.minus(known) if f.meets(known) else [f])
-            ]
-        self._owed.setdefault(lane, {}).update(dict.fromkeys(fresh))
-
-    def _begin(self) -> None:
+    def _begin(self, owed: "_Owed") -> None:
+        self._owed = owed
         self._noted: list[Box] = []
-        self._seen = np.zeros(len(self.numbers), dtype=np.bool_)
+        self._seen: np.ndarray | None = None  # by number
         self._seen_count = 0
-        self._open = self._owed
-        self._open_numel = self._total
+        self._open = owed.lanes
+        self._open_numel = owed.total
         self._settled = 0
         self.written_numel = 0
-        self._due = self._total - self._slack
+        self._due = owed.total - owed.slack
         self._as_owed = False
 
     def fresh(self) -> "Ledger":
         """A ledger in which the same is owed, and nothing is written."""
         ledger = object.__new__(Ledger)
-        vars(ledger).update(vars(self))  # a tenth of what `copy` takes
-        ledger._begin()
+        ledger._begin(self._owed)
         return ledger
+
+    @property
+    def numbers(self) -> Mapping[Box, int]:
+        """Numbers from 0 of what is owed, as disjoint boxes."""
+        return self._owed.numbers
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether some elements are owed more than once; the last write wins."""
+        return self._owed.overlapping
 
     def write(self, *boxes: Box) -> None:
         """Note that every element of these boxes was written."""
@@ -152,7 +179,8 @@ class Ledger:
             Whether that is noted: not if one comes twice, or parts of boxes did.
 
         """
-        seen = self._seen.copy()
+        size = len(self.numbers)
+        seen = np.zeros(size, np.bool_) if self._seen is None else self._seen.copy()
         seen[numbers] = True
         count = int(np.count_nonzero(seen))
         if self._noted or count != self._seen_count + len(numbers):
@@ -164,7 +192,7 @@ class Ledger:
     @property
     def written(self) -> list[Box]:
         """What was written."""
-        seen = self._seen.tolist() if self._seen_count else ()
+        seen = [] if self._seen is None else self._seen.tolist()
         return [
             box for box, is_seen in zip(self.numbers, seen) if is_seen
         ] + self._noted
@@ -181,19 +209,19 @@ class Ledger:
             self._as_owed = not self._noted
         else:
             self._settle_noted()
-        self._due = self.written_numel + self._open_numel - self._slack
+        self._due = self.written_numel + self._open_numel - self._owed.slack
 
     def _settle_noted(self) -> None:
         if self._seen_count:
-            self._noted, self._seen_count = self.written, 0
+            self._noted, self._seen, self._seen_count = self.written, None, 0
         noted = self._noted[self._settled :]
         self._settled = len(self._noted)
-        if self._open is self._owed:
+        if self._open is self._owed.lanes:
             if self.numbers.keys() <= set(noted):  # written as it was owed
                 self._open, self._open_numel = {}, 0
                 self._as_owed = len(noted) == len(self.numbers)
                 return
-            self._open = {lane: dict(boxes) for lane, boxes in self._owed.items()}
+            self._open = {lane: dict(boxes) for lane, boxes in self._open.items()}
         for box in noted:
             for lane, part in _lanes(box):
                 self._subtract(self._open.get(lane, {}), part)
@@ -213,28 +241,24 @@ class Ledger:
         It counts from the first row of the tensor, and is 0 where nothing was written
         or there are no rows.
         """
-        if not self._as_owed:
-            return _step_of(self.written)
-        if not self._step_of_owed:
-            self._step_of_owed.append(_step_of(self.numbers))
-        return self._step_of_owed[0]
+        return self._owed.step if self._as_owed else _step_of(self.written)
 
     def covers(self, tensor: torch.Tensor) -> bool:
         """Whether, once complete, every element of `tensor` was written."""
-        return not self._slack and self._total == tensor.numel()
+        return not self._owed.slack and self._owed.total == tensor.numel()
 
     @property
     def empty(self) -> bool:
         """Whether nothing was ever owed."""
-        return self._total == 0
+        return self._owed.total == 0
 
     @property
     def complete(self) -> bool:
         if self.written_numel < self._due:
             return False
-        if self._open_numel > self._slack:
+        if self._open_numel > self._owed.slack:
             self._settle()
-        return self._open_numel <= self._slack
+        return self._open_numel <= self._owed.slack
 
     def missing(self) -> list[Box]:
         """Boxes not yet written, in ascending order; empty when complete."""
@@ -249,7 +273,7 @@ class Ledger:
 
         With slack nobody knows which of them may stay so: none.
         """
-        if self.complete or self._slack:
+        if self.complete or self._owed.slack:
             return 0
         self._settle()
         pairs = (

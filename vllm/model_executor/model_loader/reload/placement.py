@@ -12,7 +12,7 @@ balancing swaps weights between places and tells the router, but not the loaders
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,14 +79,18 @@ class ExpertPlacement:
 
 
 def expert_placements(
-    model: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Module],
 ) -> dict[torch.nn.Module, ExpertPlacement]:
     """Return the placements of layers whose experts are balanced, by layer.
 
     A layer's parameters may be a child's.
+
+    Args:
+        modules: all of a model, by qualified name.
+
     """
     placements: dict[torch.nn.Module, ExpertPlacement] = {}
-    for layer in layers_with(model, "eplb_state"):
+    for layer in layers_with(modules.values(), "eplb_state"):
         state = getattr(layer, "eplb_state", None)
         places = getattr(state, "logical_to_physical_map", None)
         if isinstance(places, torch.Tensor):
@@ -95,12 +99,14 @@ def expert_placements(
     return placements
 
 
-def layers_with(model: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
-    """Layers of a model that have an attribute, which is no parameter and no child.
+def layers_with(
+    modules: Iterable[torch.nn.Module], name: str
+) -> Iterator[torch.nn.Module]:
+    """Those modules that have an attribute, which is no parameter and no child.
 
     Most have none, and take long to say so.
     """
-    for layer in model.modules():
+    for layer in modules:
         own = name in vars(layer) or name in layer._buffers
         if own or hasattr(type(layer), name):
             yield layer

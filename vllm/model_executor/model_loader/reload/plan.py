@@ -9,7 +9,7 @@ of the same name, shape and type takes it. All others go through their loaders a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from weakref import ref
 
@@ -62,7 +62,7 @@ class Plan:
 
 
 def fingerprint(
-    model: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Module],
     metas: Iterable[torch.Tensor],
     placements: Iterable[ExpertPlacement] = (),
 ) -> object:
@@ -71,7 +71,7 @@ def fingerprint(
     That is layers' tensors, expert maps, and what loads the model.
 
     Args:
-        model: the model.
+        modules: all of a model, by qualified name.
         metas: its tensors in checkpoint format.
         placements: where its experts are, where they are balanced.
 
@@ -80,11 +80,11 @@ def fingerprint(
 
     """
     # A property may ask for what a layer that is not balanced does not have.
-    holders = layers_with(model, "expert_map")
+    holders = layers_with(modules.values(), "expert_map")
     maps = (getattr(layer, "expert_map", None) for layer in holders)
     local = [m.tolist() for m in maps if isinstance(m, torch.Tensor)]
     layouts = [(m.shape, m.stride(), m.dtype) for m in metas]
-    return layouts, local, list(placements), loaded_by(model)
+    return layouts, local, list(placements), loaded_by(modules[""])
 
 
 def loaded_by(model: torch.nn.Module) -> object:

@@ -196,7 +196,7 @@ class PlannedCopies:
         staged = self._tensors[kind.tensor]
         if staged.closed:
             return False
-        memory = staged.materialize()
+        memory = staged.materialize(filling=part.numel == staged.meta.numel())
         # All tensors of a run are on one device.
         if weights[0][1].get_device() != memory.get_device():
             return False

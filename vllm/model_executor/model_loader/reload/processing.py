@@ -18,8 +18,7 @@ from .commit import Commit, pair_tensors, prepare_commit
 from .errors import Finding
 from .meta import like, storage_address
 from .pristine import Shadow, copy_if_small
-from .registry import get_layerwise_info
-from .scales import WrittenScales, invalid_scales
+from .scales import WrittenScales, invalid_scales, is_scale
 from .staging import StagedLayer
 
 __all__ = [
@@ -33,10 +32,13 @@ __all__ = [
 ]
 
 
+_ATTENTION = AttentionLayerBase, MMEncoderAttention
+
+
 def is_attention(layer: torch.nn.Module) -> bool:
     """Whether a layer processes itself, after all the others."""
     # In this order: a module takes long to say that it has no such attribute.
-    return isinstance(layer, AttentionLayerBase | MMEncoderAttention) and callable(
+    return isinstance(layer, _ATTENTION) and callable(
         getattr(layer, "process_weights_after_loading", None)
     )
 
@@ -54,13 +56,15 @@ def unservable(layers: Iterable[StagedLayer]) -> list[Finding]:
         for tensor in layer.params.values()
         if not tensor.written and tensor.initial is None and tensor.meta.numel()
     ]
-    return [*invalid_scales(map(_written_scales, layers)), *unknown]
+    return [*invalid_scales(_written_scales(layers)), *unknown]
 
 
-def _written_scales(layer: StagedLayer) -> WrittenScales:
-    tensors = {t.name: t.memory for t in layer.tensors if t.memory is not None}
-    written = {t.name for t in layer.tensors if t.written}
-    return WrittenScales(layer.name, tensors, written)
+def _written_scales(layers: Iterable[StagedLayer]) -> Iterator[WrittenScales]:
+    for layer in layers:
+        written = {t.name for t in layer.tensors if t.written}
+        if any(map(is_scale, written)):
+            tensors = {t.name: t.memory for t in layer.tensors if t.memory is not None}
+            yield WrittenScales(layer.name, tensors, written)
 
 
 def is_processed(layer: torch.nn.Module) -> bool:
@@ -81,6 +85,7 @@ def prepare_as_staged(staged: StagedLayer) -> Commit:
     new = {name: tensor.materialize() for name, tensor in tensors}
     commit = pair_tensors(staged.name, staged.layer, new)
     commit.copies += _aliases_left_behind(staged)
+    commit.as_staged = True
     return commit
 
 
@@ -107,7 +112,7 @@ def process_layer(
     with torch._C.DisableTorchFunction():
         shadow = _shadow_of(staged, children or {}, renew)
     # As a cold load does; else what processing makes has another type than what serves.
-    with set_default_torch_dtype(get_layerwise_info(staged.layer).default_dtype):
+    with set_default_torch_dtype(staged.info.default_dtype):
         watch: AbstractContextManager = nullcontext() if watching is None else watching
         with watch:
             process_quantized(shadow.layer)
@@ -136,7 +141,7 @@ def pair_layer(staged: StagedLayer, shadow: Shadow, renew: bool = False) -> Comm
 
 def _pair(staged: StagedLayer, shadow: Shadow, renew: bool) -> Commit:
     after = shadow.layer._buffers
-    created = get_layerwise_info(staged.layer).created if renew else {}
+    created = staged.info.created if renew else {}
     written = {name for name, tensor in staged.buffers.items() if tensor.written}
     touched = shadow.buffers.touched(after)
     keep = after.keys() - written - set(touched) - created.keys()
@@ -147,7 +152,7 @@ def _aliases_left_behind(
     staged: StagedLayer,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Buffers that no longer share a parameter's memory, and their new values."""
-    for alias in get_layerwise_info(staged.layer).aliases:
+    for alias in staged.info.aliases:
         owner = alias.layer()
         buffer = None if owner is None else owner._buffers.get(alias.buffer)
         param = staged.layer._parameters.get(alias.parameter)
@@ -205,11 +210,11 @@ def _shadow_of(
     )
     buffers = {name: copy_if_small(b) for name, b in layer._buffers.items()}
     if renew:
-        created = get_layerwise_info(layer).created
+        created = staged.info.created
         buffers |= {
             n: v.to(b) for n, b in buffers.items() if (v := created.get(n)) is not None
         }
     buffers |= {n: t.processable() for n, t in staged.buffers.items() if t.written}
-    pristine = get_layerwise_info(layer).pristine
+    pristine = staged.info.pristine
     assert pristine is not None, "record_metadata_for_reloading was never called"
     return pristine.shadow(layer, params, buffers, dict(children))

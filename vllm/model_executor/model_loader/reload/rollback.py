@@ -25,7 +25,7 @@ class Rollback:
         rollback = Rollback()
         for commit in commits:
             rollback.keep(commit)
-            commit.apply()
+        apply_commits(commits)
         rollback.clear()        # or rollback.restore()
 
     Values of tensors are copied to host memory, pinned where the tensors are on an

@@ -39,7 +39,7 @@ class Part(NamedTuple):
         number_m: numbers of their routes, int64.
         box_m: numbers of the boxes that they fill, int64.
         target_m: where they begin in the layer's tensor, in bytes, int64.
-        numel: how many elements those boxes have.
+        numel: how many elements those boxes have, each counted once.
 
     """
 
@@ -83,9 +83,11 @@ class Run:
         for kind in np.unique(kind_n):
             place_m = np.flatnonzero(kind_n == kind)
             number_m = number_n[place_m]
-            columns = table.box_R[number_m], table.target_R[number_m]
-            numel = int(table.numel_R[number_m].sum())
-            part = Part(table.distinct[kind], place_m, number_m, *columns, numel)
+            box_m, target_m = table.box_R[number_m], table.target_R[number_m]
+            _, once = np.unique(box_m, return_index=True)
+            numel = int(table.numel_R[number_m[once]].sum())
+            columns = place_m, number_m, box_m, target_m
+            part = Part(table.distinct[kind], *columns, numel)
             self.parts.append(part)
 
     def __len__(self) -> int:

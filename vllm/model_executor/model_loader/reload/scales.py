@@ -13,6 +13,7 @@ weight block is zero. In E8M0, which has an exponent and nothing else, 0xFF is N
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import regex as re
 import torch
@@ -46,6 +47,7 @@ _UNPACKED = _FP8 | {torch.int8}
 _MAX_FINDINGS = 64
 
 
+@lru_cache(maxsize=1024)
 def is_scale(name: str) -> bool:
     """Whether a tensor of this name holds scales of any kind."""
     return _SCALE.search(name) is not None
@@ -57,6 +59,7 @@ def weight_of_scale(name: str) -> str | None:
     return match["weight"] if match else None
 
 
+@lru_cache(maxsize=1024)
 def is_activation_quantity(name: str) -> bool:
     """Whether a checkpoint may lack this: scales and zero points of activations."""
     return _QUANTITY.search(name) is not None and weight_of_scale(name) is None

@@ -13,7 +13,7 @@ tensor.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, update_wrapper
+from functools import cached_property
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -32,6 +32,7 @@ from .placement import ExpertPlacement
 from .recording import FirstLoad, fills_nothing, wrote
 from .regions import describe, shard_box
 from .routing import RouteRecorder, tensors_in
+from .types import LayerReloadingInfo
 
 __all__ = ["StagedLayer", "StagedLoader", "StagedTensor", "StagingMode", "close"]
 
@@ -77,12 +78,19 @@ class StagedTensor:
     planned: bool = False
     used: bool = False
 
-    def materialize(self) -> torch.Tensor:
-        """Its memory; allocated, and set to the create-time value, on first use."""
+    def materialize(self, filling: bool = False) -> torch.Tensor:
+        """Its memory; allocated, and set to the create-time value, on first use.
+
+        Args:
+            filling: whether all of it is about to be written, so that any value does.
+
+        """
         if self.memory is None:
             self.since, self.until = perf_counter(), None
             self.memory = memory = self._allocate()
             prefer_huge_pages(memory)
+            if filling:
+                return memory
             if self.initial is not None:
                 memory.copy_(self.initial, non_blocking=True)
             elif not self.ledger.covers(self.meta):
@@ -204,7 +212,6 @@ class StagedLoader:
         run: Callable[..., Any],
         placement: ExpertPlacement | None = None,
     ):
-        update_wrapper(self, original)
         self.original = original
         self.tensor = tensor
         self._run = run
@@ -212,6 +219,15 @@ class StagedLoader:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the original, such as its name, for those who ask."""
+        return getattr(vars(self).get("original"), name)
+
+    @property
+    def __wrapped__(self) -> Callable:
+        """By which `inspect.signature` finds the arguments."""
+        return self.original
 
     def load(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the original loader after a look at what it is given.
@@ -293,6 +309,7 @@ class StagedLayer:
     Attributes:
         name: its qualified name.
         layer: the module.
+        info: what is known of it.
         params: staged parameters by name.
         buffers: staged buffers by name; buffers that alias parameters are not staged.
         owner_of: the staged tensors that no earlier layer shares.
@@ -301,6 +318,7 @@ class StagedLayer:
 
     name: str
     layer: torch.nn.Module
+    info: LayerReloadingInfo
     params: dict[str, StagedTensor]
     buffers: dict[str, StagedTensor]
     owner_of: list[StagedTensor]
@@ -356,9 +374,12 @@ class StagedLayer:
     @property
     def ready(self) -> bool:
         """Whether the layer can be committed before the sync is finished."""
-        if not self.changed or not self.complete:
-            return False
-        return not any(tensor.awaited for tensor in self.tensors)
+        changed = False
+        for tensor in self.tensors:
+            if tensor.awaited or not tensor.ledger.complete:
+                return False
+            changed |= tensor.written
+        return changed
 
     @cached_property
     def _metas(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -439,7 +460,8 @@ class StagingMode(TorchDispatchMode):
     def forget(self, tensor: StagedTensor) -> None:
         """Drop the memory of a tensor."""
         if tensor.memory is not None:
-            self._by_memory.pop(tensor.memory.untyped_storage()._cdata, None)
+            if self._by_memory:
+                self._by_memory.pop(tensor.memory.untyped_storage()._cdata, None)
             tensor.memory, tensor.until = None, perf_counter()
 
     def __torch_dispatch__(

@@ -9,35 +9,34 @@ import torch
 
 from .derivation import Derivation
 from .first_load import original_loader, owed_by, set_loader
-from .meta import to_meta_tensor
+from .meta import like
 from .placement import ExpertPlacement
 from .recording import FirstLoad
 from .registry import get_layerwise_info
 from .sanitize import restore_layer_refs
 from .staging import StagedLayer, StagedLoader, StagedTensor
-from .types import LayerReloadingInfo
 
 __all__ = ["stage_model"]
 
 
 def stage_model(
-    model: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Module],
     first_loaded: bool,
     run: Callable[..., Any],
     placements: Mapping[torch.nn.Module, ExpertPlacement] | None = None,
 ) -> list[StagedLayer]:
-    """A staged layer for each module of `model` that has tensors of its own.
+    """A staged layer for each module that has tensors of its own.
 
     Args:
-        model: the model to stage.
+        modules: all of the model to stage, by qualified name.
         first_loaded: whether a first load told what is owed.
         run: calls the loader of a staged tensor; see `StagedLoader`.
         placements: where experts are, of layers in which they have moved.
 
     """
     area = _StagingArea(first_loaded, run, placements or {})
-    layers = [area.stage(name, layer) for name, layer in model.named_modules()]
-    return [layer for layer in layers if layer.params or layer.buffers]
+    layers = [area.stage(name, layer) for name, layer in modules.items()]
+    return [layer for layer in layers if layer is not None]
 
 
 class _StagingArea:
@@ -53,14 +52,16 @@ class _StagingArea:
         self._derivation = Derivation()
         self._tied: dict[int, StagedTensor] = {}
 
-    def stage(self, name: str, layer: torch.nn.Module) -> StagedLayer:
+    def stage(self, name: str, layer: torch.nn.Module) -> StagedLayer | None:
         info = get_layerwise_info(layer)
         params, buffers = info.restore_metadata
-        staged = StagedLayer(name, layer, {}, {}, [])
+        if not (params or buffers):
+            return None
+        staged = StagedLayer(name, layer, info, {}, {}, [])
         for param_name, meta in params.items():
-            self._stage_parameter(staged, info, param_name, meta)
+            self._stage_parameter(staged, param_name, meta)
         for buffer_name, meta in buffers.items():
-            tensor = self._tensor(staged, info, buffer_name, meta, is_parameter=False)
+            tensor = self._tensor(staged, buffer_name, meta, is_parameter=False)
             tensor.initial = layer._buffers.get(buffer_name)
             staged.buffers[buffer_name] = tensor
         return staged
@@ -68,14 +69,13 @@ class _StagingArea:
     def _stage_parameter(
         self,
         staged: StagedLayer,
-        info: LayerReloadingInfo,
         name: str,
         meta: torch.Tensor,
     ) -> None:
         tensor = self._tied.get(id(meta))
         if tensor is None:
-            tensor = self._tensor(staged, info, name, meta, is_parameter=True)
-            tensor.initial = info.created.get(name)
+            tensor = self._tensor(staged, name, meta, is_parameter=True)
+            tensor.initial = staged.info.created.get(name)
             self._tied[id(meta)] = tensor
         else:
             tensor.tied = True
@@ -84,12 +84,12 @@ class _StagingArea:
     def _tensor(
         self,
         staged: StagedLayer,
-        info: LayerReloadingInfo,
         name: str,
-        like: torch.Tensor,
+        created: torch.Tensor,
         is_parameter: bool,
     ) -> StagedTensor:
-        meta = restore_layer_refs(to_meta_tensor(like), staged.layer)
+        info = staged.info
+        meta = restore_layer_refs(like(created.data, created), staged.layer)
         first_load = info.first_load.get(name)
         if first_load is None:
             first_load = info.first_load[name] = FirstLoad()

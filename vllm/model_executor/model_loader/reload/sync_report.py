@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -50,31 +50,33 @@ class Stopwatch:
     """From when to when something was done to each layer."""
 
     def __init__(self) -> None:
-        self.spans: dict[str, list[Span]] = {}
+        self._laps: list[tuple[float, float, Sequence[StagedLayer]]] = []
 
     @property
     def total(self) -> float:
         """Seconds spent on all layers."""
-        return sum(self.seconds(layer) for layer in self.spans)
-
-    def seconds(self, layer: str) -> float:
-        """Seconds spent on one."""
-        return sum(end - start for start, end in self.spans.get(layer, ()))
+        return sum(end - start for start, end, _ in self._laps)
 
     @contextmanager
     def on(self, *layers: StagedLayer) -> Iterator[None]:
-        """Share the time in this block out among layers, by their bytes."""
+        """Note the time in this block, if there are any layers."""
         start = perf_counter()
         try:
             yield
         finally:
-            spent = perf_counter() - start
+            if layers:
+                self._laps.append((start, perf_counter(), layers))
+
+    def spans(self) -> defaultdict[str, list[Span]]:
+        """What was spent on each layer: of a block for several, by their bytes."""
+        spans: defaultdict[str, list[Span]] = defaultdict(list)
+        for start, end, layers in self._laps:
             sizes = [max(layer.nbytes, 1) for layer in layers]
-            total = sum(sizes)
+            of_byte = (end - start) / sum(sizes)
             for layer, size in zip(layers, sizes):
-                end = start + spent * size / total
-                self.spans.setdefault(layer.name, []).append((start, end))
-                start = end
+                spans[layer.name].append((start, start + of_byte * size))
+                start += of_byte * size
+        return spans
 
 
 class SyncTimes:
@@ -335,6 +337,7 @@ def report_layers(
         loaded: tensors that loaders were given.
 
     """
+    checked, processed = times.checking.spans(), times.committing.spans()
     rows = []
     for layer in layers:
         name, committed = layer.name, times.committed.get(layer.name)
@@ -346,16 +349,20 @@ def report_layers(
             planned=planned[name],
             through_loaders=loaded[name],
             bytes=staged_bytes(layer.owner_of),
-            receiving_seconds=sum(end - start for start, end in received),
-            checking_seconds=times.checking.seconds(name),
-            committing_seconds=times.committing.seconds(name),
+            receiving_seconds=_seconds(received),
+            checking_seconds=_seconds(checked[name]),
+            committing_seconds=_seconds(processed[name]),
             committed_at=None if committed is None else committed - times.started,
             received=times.since_start(received),
-            checked=times.since_start(times.checking.spans.get(name, ())),
-            processed=times.since_start(times.committing.spans.get(name, ())),
+            checked=times.since_start(checked[name]),
+            processed=times.since_start(processed[name]),
         )
         rows.append(row)
     return rows
+
+
+def _seconds(spans: Iterable[Span]) -> float:
+    return sum(end - start for start, end in spans)
 
 
 def publish(report: SyncReport, file: str | Path) -> None:

@@ -101,9 +101,10 @@ class ReloadTransaction:
         # Somebody may have put one of their own before that of the class.
         self._own_load_weights = vars(model).get("load_weights")
         self._exposed = exposed or self._load_weights is None
-        placements = expert_placements(model)
+        modules = dict(model.named_modules())
+        placements = expert_placements(modules)
         self._layers = stage_model(
-            model, reload.first_loaded, self._run_loader, placements
+            modules, reload.first_loaded, self._run_loader, placements
         )
         self._layers_of: dict[StagedTensor, list[StagedLayer]] = {}
         for layer in self._layers:
@@ -118,7 +119,7 @@ class ReloadTransaction:
         ways = policy, rollback, self._mode, self._times
         self._committer = Committer(model, reload, self._layers_of, *ways)
         metas = [tensor.meta for tensor in self._layers_of]
-        self._layout = fingerprint(model, metas, placements.values())
+        self._layout = fingerprint(modules, metas, placements.values())
         # What the first load wrote says nothing of experts that have moved since, nor
         # of what another function does.
         as_loaded = get_layerwise_info(model).loaded_by == loaded_by(model)
@@ -172,7 +173,7 @@ class ReloadTransaction:
         """Take the model's `load_weights`, or show the staged tensors."""
         self._reload.transaction = self
         for layer in self._layers:
-            get_layerwise_info(layer.layer).staged = layer
+            layer.info.staged = layer
             if self._exposed:
                 layer.show()
         if self._load_weights is not None:
