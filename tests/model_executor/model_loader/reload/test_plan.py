@@ -14,6 +14,7 @@ from tests.checkpoints import CASES, chunks
 from tests.harness.snapshot import assert_same, snapshot
 from vllm.model_executor.kernels.strided_copy import copy_strided
 from vllm.model_executor.model_loader.reload import (
+    copying,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
@@ -311,7 +312,7 @@ def test_a_sync_of_a_part_adds_nothing_to_the_plan(make_model):
         assert plan.routes == routes_before
 
 
-def test_a_list_is_copied_in_batches(make_model, cold_load, nan_memory, monkeypatch):
+def test_a_list_is_copied_and_committed_in_batches(make_model, cold_load, nan_memory, monkeypatch):
     """As on an accelerator, in Triton's interpreter."""
     launches: list[int] = []
 
@@ -320,7 +321,8 @@ def test_a_list_is_copied_in_batches(make_model, cold_load, nan_memory, monkeypa
         copy_strided(batches, CPU)
 
     monkeypatch.setenv("VLLM_RELOAD_PLAN", "1")
-    monkeypatch.setattr(transaction, "batch_launcher", lambda device: launch)
+    for module in (transaction, copying):
+        monkeypatch.setattr(module, "batch_launcher", lambda device: launch)
     case = CASES["qwen3_moe-fp8_block"]
     model, vllm_config = built = make_model(case, seed=1)
     bucket = torch.empty(1 << 20, dtype=torch.uint8)

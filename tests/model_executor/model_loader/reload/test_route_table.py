@@ -186,6 +186,17 @@ def test_runs_bring_what_single_tensors_bring(launch, syncs, limit):
                 assert torch.equal(tensor.memory, other.memory)
 
 
+def test_what_a_run_does_not_fill_is_as_it_was_created(nan_memory):
+    """A part that comes twice has as many elements as all of the tensor."""
+    owed = Ledger([shard(0, 0), shard(0, 1)])
+    parts = torch.empty(2, 2 * ROWS, COLUMNS, device="meta"), CPU, FirstLoad(), owed
+    tensor = StagedTensor("mlp.0", "w13", *parts, initial=torch.zeros(parts[0].shape))
+    weights = [(f"mlp.0.0.{half}", torch.ones(SPEC.shape)) for half in (0, 1, 0, 1)]
+    stage(weights, [tensor], Copies(), table([tensor]), 1e9)
+    assert tensor.ledger.complete and tensor.memory is not None
+    assert tensor.memory[0].eq(1).all() and tensor.memory[1].eq(0).all()
+
+
 def test_a_run_ends_with_its_layer_once_that_is_large_enough():
     weights = [(name, torch.ones(SPEC.shape)) for name in ROUTES]
     ends = []
