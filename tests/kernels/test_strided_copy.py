@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm.model_executor.kernels import strided_copy
-from vllm.model_executor.kernels.strided import Strided
+from vllm.model_executor.kernels.strided import Batch, Strided
 from vllm.model_executor.kernels.strided_copy import copy_strided
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,9 +40,9 @@ def assert_same_bytes(got: torch.Tensor, expected: torch.Tensor) -> None:
     )
 
 
-def addresses(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> np.ndarray:
-    """Those of targets and of sources, [2, copies]."""
-    return np.array([[t.data_ptr() for t in each] for each in zip(*copies)])
+def batch(layout: Strided, *copies: tuple[torch.Tensor, torch.Tensor]) -> Batch:
+    targets, sources = zip(*((to.data_ptr(), read.data_ptr()) for to, read in copies))
+    return layout, np.array(targets), np.array(sources)
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 4, 8, 16])
@@ -72,7 +72,7 @@ def test_copies_what_torch_copies(shape, source, target, dtype, start):
     target_stride, source_stride = (view.stride() for view in copies[0])
     layout = Strided.of(shape, source_stride, target_stride, dtype.itemsize)
     assert layout is not None
-    copy_strided({layout: addresses(copies)}, DEVICE)
+    copy_strided([batch(layout, *copies[:1]), batch(layout, *copies[1:])], DEVICE)
     for (memory, _), wanted in zip(writes, expected):
         assert_same_bytes(memory, wanted)
 
@@ -80,7 +80,8 @@ def test_copies_what_torch_copies(shape, source, target, dtype, start):
 @pytest.mark.parametrize("run, copies", [(16, 0), (0, 1)])
 def test_nothing_to_copy_is_no_launch(run, copies):
     layout = Strided(1, 1, run, 0, 0, 0, 0)
-    copy_strided({layout: np.zeros((2, copies), np.int64)}, DEVICE)
+    nowhere = np.zeros(copies, np.int64)
+    copy_strided([(layout, nowhere, nowhere)], DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +103,10 @@ def test_runs_of_any_size_are_copied_at_once():
     sizes = [16, 48, 20, 1, LONG]
     reads = [place([n], [n], 0, torch.uint8, n) for n in sizes]
     writes = [place([n], [n], 0, torch.uint8, n + 1) for n in sizes]
-    batches = {
-        Strided(1, 1, n, 0, 0, 0, 0): addresses([(to, source)])
+    batches = [
+        batch(Strided(1, 1, n, 0, 0, 0, 0), (to, source))
         for n, (to, _), (source, _) in zip(sizes, writes, reads)
-    }
+    ]
     copy_strided(batches, DEVICE)
     for (to, _), (source, _) in zip(writes, reads):
         assert_same_bytes(to, source)

@@ -7,7 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Strided"]
+import numpy as np
+
+__all__ = ["Batch", "Strided"]
 
 
 class Strided(NamedTuple):
@@ -58,3 +60,7 @@ class Strided(NamedTuple):
         ) + merged
         strides = (n * itemsize for n in (outer_s, row_s, outer_t, row_t))
         return cls(outer, rows, run * itemsize, *strides)
+
+
+# Copies that are alike: addresses of targets and of sources, [copies] int64 each.
+Batch = tuple[Strided, np.ndarray, np.ndarray]

@@ -6,7 +6,8 @@ C - copies
 B - words that a program moves at a time
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Sequence
 from functools import reduce
 from operator import or_
 
@@ -15,7 +16,7 @@ import torch
 
 from vllm.triton_utils import tl, triton
 
-from .strided import Strided
+from .strided import Batch, Strided
 
 __all__ = ["copy_strided"]
 
@@ -30,34 +31,36 @@ _BYTES_OF_PROGRAM = 1 << 14
 _MAX_PROGRAMS_OF_COPY = 1 << 15
 
 
-def copy_strided(batches: Mapping[Strided, np.ndarray], device: torch.device) -> None:
+def copy_strided(batches: Sequence[Batch], device: torch.device) -> None:
     """Copy between addresses of one device, on its current stream.
 
     Args:
-        batches: what is copied, and to where from where: addresses of targets and of
-            sources, [2, C] int64. Targets must not overlap.
+        batches: what is copied, and to where from where. Targets must not overlap.
         device: an accelerator, or the CPU in Triton's interpreter.
 
     """
-    runs: list[tuple[int, np.ndarray]] = []
-    for layout, addresses_2C in batches.items():
-        if not addresses_2C.size or not layout.outer * layout.rows * layout.row_bytes:
+    runs: list[Batch] = []
+    rows: defaultdict[Strided, list[Batch]] = defaultdict(list)
+    for batch in batches:
+        layout, target_C, _ = batch
+        if not len(target_C) or not layout.outer * layout.rows * layout.row_bytes:
             continue
-        if layout.outer * layout.rows == 1:
-            runs.append((layout.row_bytes, addresses_2C))
-        else:
-            _copy_rows(layout, addresses_2C, device)
+        is_run = layout.outer * layout.rows == 1
+        (runs if is_run else rows[layout]).append(batch)
     if runs:
-        _copy_runs(_run_table(runs), device)
+        _copy_runs(_table(runs), device)
+    for layout, alike in rows.items():
+        _copy_rows(layout, _table(alike)[:2], device)
 
 
-def _run_table(runs: list[tuple[int, np.ndarray]]) -> np.ndarray:
-    """Addresses of targets, of sources, and bytes, [3, C] int64."""
-    sizes, addresses = zip(*runs)
-    counts = [addresses_2C.shape[1] for addresses_2C in addresses]
+def _table(batches: list[Batch]) -> np.ndarray:
+    """Addresses of targets, of sources, and bytes of a run, [3, C] int64."""
+    layouts, targets, sources = zip(*batches)
+    counts = [len(target_C) for target_C in targets]
     table_3C = np.empty((3, sum(counts)), dtype=np.int64)
-    np.concatenate(addresses, axis=1, out=table_3C[:2])
-    table_3C[2] = np.repeat(sizes, counts)
+    np.concatenate(targets, out=table_3C[0])
+    np.concatenate(sources, out=table_3C[1])
+    table_3C[2] = np.repeat([layout.row_bytes for layout in layouts], counts)
     return table_3C
 
 
@@ -68,7 +71,9 @@ def _copy_runs(table_3C: np.ndarray, device: torch.device) -> None:
     for aligned in (each for each in _WORDS if each & of_any):
         word = _WORDS[aligned]
         size = word.primitive_bitwidth // 8
-        alike_3C = table_3C.compress(aligned_C == aligned, axis=1)
+        alike_3C = table_3C
+        if of_any != aligned:
+            alike_3C = table_3C.compress(aligned_C == aligned, axis=1)
         alike_3C[2] //= size
         copies, words = alike_3C.shape[1], int(alike_3C[2].max())
         block = _BYTES_OF_PROGRAM // size

@@ -46,7 +46,7 @@ def launches(monkeypatch) -> list[int]:
     counts: list[int] = []
 
     def launch(batches) -> None:
-        counts.append(sum(addresses.shape[1] for addresses in batches.values()))
+        counts.append(sum(len(targets) for _, targets, _ in batches))
         copy_strided(batches, CPU)
 
     monkeypatch.setattr(copying, "batch_launcher", lambda device: launch)

@@ -312,12 +312,14 @@ def test_a_sync_of_a_part_adds_nothing_to_the_plan(make_model):
         assert plan.routes == routes_before
 
 
-def test_a_list_is_copied_and_committed_in_batches(make_model, cold_load, nan_memory, monkeypatch):
+def test_a_list_is_copied_and_committed_in_batches(
+    make_model, cold_load, nan_memory, monkeypatch
+):
     """As on an accelerator, in Triton's interpreter."""
     launches: list[int] = []
 
     def launch(batches):
-        launches.append(sum(each.shape[1] for each in batches.values()))
+        launches.append(sum(len(targets) for _, targets, _ in batches))
         copy_strided(batches, CPU)
 
     monkeypatch.setenv("VLLM_RELOAD_PLAN", "1")
@@ -340,7 +342,9 @@ def test_of_a_tensor_that_is_repeated_in_a_list_the_last_counts():
     target = staged()
     launches: list[list[list[int]]] = []
     copies = Copies(
-        lambda batches: launches.extend(b.tolist() for b in batches.values())
+        lambda batches: launches.extend(
+            [targets.tolist(), sources.tolist()] for _, targets, sources in batches
+        )
     )
     copies.put_off = True
     planned = PlannedCopies(routes, [target], lambda _: None, copies)
@@ -440,9 +444,10 @@ PARTS = {
 
 def launch(batches) -> None:
     """Copy what waits, in the order of the layouts."""
-    for layout, addresses in batches.items():
+    for layout, targets, sources in batches:
+        pairs = zip(targets.tolist(), sources.tolist())
         steps = product(range(layout.outer), range(layout.rows))
-        for (target, source), (i, j) in product(addresses.T.tolist(), steps):
+        for (target, source), (i, j) in product(pairs, steps):
             target += i * layout.target_outer + j * layout.target_row
             source += i * layout.source_outer + j * layout.source_row
             memmove(target, source, layout.row_bytes)

@@ -142,7 +142,7 @@ def test_one_half_may_come_by_its_name_and_the_other_by_the_loader(within, plan)
 
 def launch(batches) -> None:
     """Copy as an accelerator does: when it is told to, and not before."""
-    for layout, (targets, sources) in batches.items():
+    for layout, targets, sources in batches:
         assert layout.outer == layout.rows == 1
         for target, source in zip(targets.tolist(), sources.tolist()):
             memmove(target, source, layout.row_bytes)

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ctypes import memmove
 from functools import partial
 
 import numpy as np
 import torch
 
-from vllm.model_executor.kernels.strided import Strided
+from vllm.model_executor.kernels.strided import Batch, Strided
 from vllm.triton_utils import HAS_TRITON
 
 from .ledger import Box
@@ -20,11 +20,7 @@ from .route import PLAIN_DISPATCH, Copy
 
 __all__ = ["Copies", "batch_launcher", "copy_together", "copy_values"]
 
-# Copies by their shape: addresses of targets and of sources, [2, copies] int64.
-Batches = Mapping[Strided, np.ndarray]
-Launch = Callable[[Batches], None]
-# Of targets and of sources.
-_Addresses = tuple[np.ndarray, np.ndarray]
+Launch = Callable[[Sequence[Batch]], None]
 # A target and a source.
 _Pair = tuple[torch.Tensor, torch.Tensor]
 # Names of a layer and of its tensor.
@@ -67,7 +63,7 @@ class Copies:
         self.put_off = False
         self._launch = launch
         self._waiting: defaultdict[Strided, dict[int, int]] = defaultdict(dict)
-        self._runs: defaultdict[Strided, list[_Addresses]] = defaultdict(list)
+        self._runs: list[Batch] = []
         # What waits to be written: where in each tensor, if one by one, by expert.
         self._boxes: defaultdict[_Key, dict[int, set[_Write]]] = defaultdict(dict)
 
@@ -117,21 +113,24 @@ class Copies:
         self, key: _Key, layout: Strided, targets: np.ndarray, sources: np.ndarray
     ) -> None:
         """Put off copies to what nothing was copied to, from and to these addresses."""
-        self._runs[layout].append((targets, sources))
+        self._runs.append((layout, targets, sources))
         _ = self._boxes[key]  # what comes one by one is carried out after it
 
     def flush(self) -> None:
         """Carry out what was put off."""
-        runs, self._runs = self._runs, defaultdict(list)
+        runs, self._runs = self._runs, []
         waiting, self._waiting = self._waiting, defaultdict(dict)
         self._boxes.clear()
         # What came one by one may have come again, and the last counts.
-        ones = {layout: [_addresses(pairs)] for layout, pairs in waiting.items()}
+        ones = [
+            (layout, np.array([*sources]), np.array([*sources.values()]))
+            for layout, sources in waiting.items()
+        ]
         # A default device, say, is a mode of its own, and costs more than a launch.
         with torch._C.DisableTorchFunction():
             for batches in filter(None, (runs, ones)):
                 assert self._launch is not None
-                self._launch({k: np.concatenate(v, axis=1) for k, v in batches.items()})
+                self._launch(batches)
 
 
 def copy_together(pairs: Iterable[_Pair]) -> None:
@@ -168,15 +167,14 @@ def _is_one_run(target: torch.Tensor, source: torch.Tensor) -> bool:
     )
 
 
-def _batches_of(pairs: Iterable[_Pair]) -> Batches:
+def _batches_of(pairs: Iterable[_Pair]) -> list[Batch]:
     by_bytes: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     for target, source in pairs:
-        addresses = target.data_ptr(), source.data_ptr()
-        by_bytes[target.nbytes].append(addresses)
-    return {
-        Strided(1, 1, n, 0, 0, 0, 0): np.array(addresses).T
+        by_bytes[target.nbytes].append((target.data_ptr(), source.data_ptr()))
+    return [
+        (Strided(1, 1, n, 0, 0, 0, 0), *np.array(addresses).T)
         for n, addresses in by_bytes.items()
-    }
+    ]
 
 
 def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -200,11 +198,6 @@ def _near(waiting: Mapping[int, set[_Write]], box: Box) -> Iterator[_Write]:
     lane = _lane(box)
     lanes = waiting if lane < 0 else (lane, -1)
     return (write for each in lanes for write in waiting.get(each, ()))
-
-
-def _addresses(sources: Mapping[int, int]) -> _Addresses:
-    """Columns of addresses, int64; by those of the targets."""
-    return np.array([*sources]), np.array([*sources.values()])
 
 
 def _is_short(layout: Strided) -> bool:

@@ -8,7 +8,7 @@ m - those of one kind
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 
@@ -61,7 +61,7 @@ class PlannedCopies:
         self._known = self._table.take_runs()
         self._limit = limit
         self._tensors = {tensor.key: tensor for tensor in tensors}
-        self._sizes: Counter[str] = Counter()
+        self._sizes: defaultdict[str, int] = defaultdict(int)
         for tensor in self._tensors.values():
             self._sizes[tensor.layer] += tensor.meta.nbytes
         self._on_complete = on_complete

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -327,8 +328,7 @@ class StagedLayer:
 
     @property
     def tensors(self) -> Iterator[StagedTensor]:
-        yield from self.params.values()
-        yield from self.buffers.values()
+        return chain(self.params.values(), self.buffers.values())
 
     @property
     def received(self) -> bool:
@@ -361,7 +361,7 @@ class StagedLayer:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of memory to stage all of it in."""
-        return sum(tensor.meta.nbytes for tensor in self.tensors)
+        return sum([tensor.meta.nbytes for tensor in self.tensors])
 
     @property
     def device_bytes(self) -> int:
@@ -381,29 +381,20 @@ class StagedLayer:
             changed |= tensor.written
         return changed
 
-    @cached_property
-    def _metas(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        params = {name: tensor.meta for name, tensor in self.params.items()}
-        return params, {name: tensor.meta for name, tensor in self.buffers.items()}
-
-    @cached_property
-    def _names(self) -> tuple[str, ...]:
-        return (*self.params, *self.buffers)
-
     def show(self) -> None:
         """Show the staged tensors to loaders, in place of those that serve."""
-        state = self.layer.__dict__
         if self._hidden is not None:
             return
-        params, staged = self._metas
+        state = vars(self.layer)
+        params = {name: tensor.meta for name, tensor in self.params.items()}
+        staged = {name: tensor.meta for name, tensor in self.buffers.items()}
         buffers = state["_buffers"]
         self._hidden = {"_parameters": state["_parameters"], "_buffers": buffers}
         # Plain attributes that processing put where a tensor was created hide it.
-        for name in self._names:
-            if name in state:
-                self._hidden[name] = state.pop(name)
+        for name in state.keys() & (params.keys() | staged.keys()):
+            self._hidden[name] = state.pop(name)
         live = {n: b for n, b in buffers.items() if n not in params} if buffers else {}
-        state["_parameters"], state["_buffers"] = dict(params), live | staged
+        state["_parameters"], state["_buffers"] = params, live | staged
 
     @property
     def is_shown(self) -> bool:
