@@ -77,7 +77,7 @@ def _copy_runs(table_3C: np.ndarray, device: torch.device) -> None:
         alike_3C[2] //= size
         copies, words = alike_3C.shape[1], int(alike_3C[2].max())
         block = _BYTES_OF_PROGRAM // size
-        programs = min(triton.cdiv(words, block), _MAX_PROGRAMS_OF_COPY)
+        programs = min(-(-words // block), _MAX_PROGRAMS_OF_COPY)
         table = _on_device(alike_3C, device)
         with torch.cuda.device_of(table):
             _copy_runs_kernel[copies, programs](
@@ -95,7 +95,7 @@ def _copy_rows(layout: Strided, addresses_2C: np.ndarray, device: torch.device) 
     run = layout.row_bytes // size
     block = min(_BYTES_OF_PROGRAM // size, triton.next_power_of_2(run))
     words = layout.outer * layout.rows * run
-    programs = min(triton.cdiv(words, block), _MAX_PROGRAMS_OF_COPY)
+    programs = min(-(-words // block), _MAX_PROGRAMS_OF_COPY)
     with torch.cuda.device_of(table_2C):
         _copy_rows_kernel[table_2C.shape[1], programs](
             table_2C,

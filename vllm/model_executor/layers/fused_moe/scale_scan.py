@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm.triton_utils import tl, triton
@@ -130,8 +131,9 @@ def _launch(values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Find the faults of each tensor; see `_scan_kernel` for what is returned."""
     none = (0,) * 4 + (NOWHERE.value,) * 4
     rows = [(v.data_ptr(), v.numel(), _FORMATS[v.dtype].value, *none) for v in values]
-    tensors = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-    chunks = triton.cdiv(max(v.numel() for v in values), _CHUNK)
+    table = torch.from_numpy(np.array(rows, dtype=np.int64))
+    tensors = table.to(device, non_blocking=True)
+    chunks = -(-max(v.numel() for v in values) // _CHUNK)
     grid = (len(values), min(chunks, _MAX_PROGRAMS_PER_TENSOR))
     with torch.cuda.device_of(tensors):
         _scan_kernel[grid](tensors, CHUNK=_CHUNK)

@@ -35,11 +35,9 @@ def commit_as_staged(staged: StagedLayer) -> Commit | None:
         None if something is made of its tensors, or nobody knows.
 
     """
-    if not is_processed(staged.layer):
-        return _prepare_as_staged(staged)
     info = staged.info
     if not info.as_staged:
-        return None
+        return None if is_processed(staged.layer) else _prepare_as_staged(staged)
     commit = _prepare_as_staged(staged)
     if _targets(commit) == info.as_staged:
         return commit

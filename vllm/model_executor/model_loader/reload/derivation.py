@@ -80,7 +80,7 @@ class Derivation:
             first: how the first load called its loader.
 
         """
-        if first.owed is not None or first.ambiguous or not first.calls:
+        if first.owed is not None or not first.called or first.ambiguous:
             return
         here = _Loaded(layer, meta, first)
         like = self._derived.get((name, meta.shape))

@@ -127,6 +127,7 @@ class Ledger:
             size only (`weight_loader_numel`).
 
     Attributes:
+        touched: whether anything was written.
         written_numel: how many elements were written; what came twice counts twice.
 
     """
@@ -142,6 +143,7 @@ class Ledger:
         self._open = owed.lanes
         self._open_numel = owed.total
         self._settled = 0
+        self.touched = False
         self.written_numel = 0
         self._due = owed.total - owed.slack
         self._as_owed = False
@@ -165,6 +167,7 @@ class Ledger:
     def write(self, *boxes: Box) -> None:
         """Note that every element of these boxes was written."""
         self._noted += boxes
+        self.touched |= bool(boxes)
         for box in boxes:
             self.written_numel += box.numel
 
@@ -179,13 +182,14 @@ class Ledger:
             Whether that is noted: not if one comes twice, or parts of boxes did.
 
         """
-        size = len(self.numbers)
+        size = len(self._owed.numbers)
         seen = np.zeros(size, np.bool_) if self._seen is None else self._seen.copy()
         seen[numbers] = True
         count = int(np.count_nonzero(seen))
         if self._noted or count != self._seen_count + len(numbers):
             return False
         self._seen, self._seen_count = seen, count
+        self.touched |= count > 0
         self.written_numel += numel
         return True
 
@@ -197,14 +201,9 @@ class Ledger:
             box for box, is_seen in zip(self.numbers, seen) if is_seen
         ] + self._noted
 
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing was written."""
-        return not (self._noted or self._seen_count)
-
     def _settle(self) -> None:
         """Subtract what was noted from what is owed."""
-        if self._seen_count == len(self.numbers):
+        if self._seen_count == len(self._owed.numbers):
             self._open, self._open_numel = {}, 0
             self._as_owed = not self._noted
         else:

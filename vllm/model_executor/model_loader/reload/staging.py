@@ -129,7 +129,7 @@ class StagedTensor:
     @property
     def written(self) -> bool:
         """Whether this sync wrote any of it."""
-        return not self.ledger.untouched
+        return self.ledger.touched
 
     def learn(self) -> None:
         """Take what this sync wrote, or left out, for what the next one owes."""
