@@ -279,3 +279,18 @@ def test_what_was_loaded_is_let_go_once_it_is_processed():
         gc.enable()
     assert count.peak < 2.5 * loaded.nbytes
     assert count.left < 1.5 * loaded.nbytes
+
+
+def test_a_loader_that_is_watched_twice_looks_like_the_original():
+    """As where experts are quantised while they are loaded."""
+
+    def load_expert(param: torch.Tensor, weight: torch.Tensor) -> None:
+        param.data.copy_(weight)
+
+    load_expert.supports_moe_loading = True  # of which models make a choice
+    layer: Any = Projection(2, 3)
+    layer.weight.weight_loader = load_expert
+    initialize_online_processing(layer)
+    record_metadata_for_reloading(layer)
+    assert layer.weight.weight_loader.__name__ == "load_expert"
+    assert layer.weight.weight_loader.supports_moe_loading

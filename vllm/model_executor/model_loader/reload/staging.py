@@ -213,6 +213,8 @@ class StagedLoader:
         run: Callable[..., Any],
         placement: ExpertPlacement | None = None,
     ):
+        # Who wraps this loader copies its attributes, and asks for none of them.
+        vars(self).update(getattr(original, "__dict__", {}))
         self.original = original
         self.tensor = tensor
         self._run = run
