@@ -294,3 +294,15 @@ def test_a_loader_that_is_watched_twice_looks_like_the_original():
     record_metadata_for_reloading(layer)
     assert layer.weight.weight_loader.__name__ == "load_expert"
     assert layer.weight.weight_loader.supports_moe_loading
+
+
+def test_a_model_around_one_that_was_noted_ends_its_first_load():
+    """Who makes the outer model himself may have vLLM make the inner one."""
+    model: Any = Model(inner=Model(projection=Projection(2, 3)))
+    weight = model.inner.projection.weight
+    loader = weight.weight_loader
+    record_metadata_for_reloading(model.inner)
+    model.load_weights([("inner.projection.weight", torch.ones(2, 3))])
+    finish_first_load(model)
+    assert weight.weight_loader is loader
+    assert "load_weights" not in vars(model.inner)

@@ -187,7 +187,9 @@ def finish_recording(model: torch.nn.Module) -> bool:
 
     """
     loaded = False
-    if not get_layerwise_info(model).recording:
+    root = get_layerwise_info(model)
+    # One that was never noted may be around a model that was.
+    if root.pristine is not None and not root.recording:
         return loaded
     for layer in model.modules():
         _unwatch(layer)
