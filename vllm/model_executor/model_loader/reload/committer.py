@@ -105,6 +105,7 @@ class Committer:
             as_staged = self._close(good)
             self._check_shared(as_staged.values())
             self._apply(as_staged)
+            as_staged.clear()  # which holds staged memory
             for layer in good:
                 if not layer.committed:
                     self._apply({layer: self._prepare(layer)})
@@ -192,9 +193,13 @@ class Committer:
         if self._model_processed:
             self._process_model()
 
+    def forget_staged(self) -> None:
+        """Hold no staged memory any more: nothing is committed from now on."""
+        self._claimed.clear()
+
     def clear(self) -> None:
         """Hold no memory any more."""
-        self._claimed.clear()
+        self.forget_staged()
         if self._rollback is not None:
             self._rollback.clear()
 

@@ -312,6 +312,7 @@ class ReloadTransaction:
     def _forget_staged(self) -> None:
         for tensor in self._layers_of:
             self._mode.forget(tensor)
+        self._committer.forget_staged()
         self._kept.drop()
 
     def abort(self, reason: str, error: BaseException | None = None) -> None:
