@@ -3,6 +3,7 @@
 """What committing layers together must not lose."""
 
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -13,6 +14,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import (
     abort_layerwise_reload,
     as_staged,
+    commit,
     committer,
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -21,7 +23,9 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import (
     finish_first_load,
+    take_reports,
 )
+from vllm.model_executor.model_loader.reload.sync_report import read_report
 
 
 def load_weight(param: torch.Tensor, weight: torch.Tensor) -> None:
@@ -141,3 +145,44 @@ def test_what_serves_as_staged_makes_place_for_what_is_processed(staged, monkeyp
     finalize_layerwise_reload(model, None)
     assert model.large.weight.eq(4).all() and model.a.weight.eq(2).all()
     assert len(staged) == 4 and counts == [1]
+
+
+def test_time_of_a_layer_is_not_that_of_others(monkeypatch, tmp_path):
+    """A small layer that takes long, and a large one that is committed with it."""
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", "model")
+    monkeypatch.setenv("VLLM_RELOAD_REPORT", str(tmp_path / "report"))
+    model: Any = group()
+    model.a.quant_method = Doubling()
+    new = load(model)
+    copy_values = commit.copy_values
+
+    def slow(target, source):
+        if len(target) == 8:
+            time.sleep(0.1)
+        copy_values(target, source)
+
+    monkeypatch.setattr(commit, "copy_values", slow)
+    initialize_layerwise_reload(model)
+    model.load_weights(new.items())
+    finalize_layerwise_reload(model, None)
+    rows = {row.name: row for row in read_report(tmp_path / "report").layers}
+    assert rows["a"].committing_seconds > 0.1 > rows["large"].committing_seconds
+
+
+def test_time_to_compare_shared_memory_is_in_the_report(monkeypatch):
+    monkeypatch.setenv("VLLM_RELOAD_COMMIT", "layer")
+    model: Any = group()
+    new = load(model)
+    model.c.weight.data = model.b.weight.data
+    same_bytes = committer.same_bytes
+
+    def slow(*tensors):
+        time.sleep(0.2)
+        return same_bytes(*tensors)
+
+    monkeypatch.setattr(committer, "same_bytes", slow)
+    initialize_layerwise_reload(model)
+    model.load_weights(new.items())
+    finalize_layerwise_reload(model, None)
+    (report,) = take_reports(model)
+    assert report.checking_seconds + report.committing_seconds > 0.2

@@ -103,7 +103,8 @@ class Committer:
         with self._mode.paused():
             good = self._servable(layers)
             as_staged = self._close(good)
-            self._check_shared(as_staged.values())
+            with self._times.committing.on(*as_staged):
+                self._check_shared(as_staged.values())
             self._apply(as_staged)
             as_staged.clear()  # which holds staged memory
             for layer in good:
@@ -175,7 +176,10 @@ class Committer:
 
     def apply(self, prepared: Sequence[tuple[StagedLayer, Commit]]) -> None:
         """Let these layers serve, and the model as a whole."""
-        self._apply(dict(prepared))
+        self._apply({layer: commit for layer, commit in prepared if commit.as_staged})
+        for layer, commit in prepared:
+            if not layer.committed:
+                self._apply({layer: commit})
         self._process_model()
 
     def drop(self, layer: StagedLayer) -> None:
