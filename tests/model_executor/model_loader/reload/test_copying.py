@@ -67,3 +67,13 @@ def test_nothing_is_launched_for_nothing(launches):
     copy_together([])
     copy_together([make() for make in APART.values()])
     assert launches == []
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_of_what_is_copied_to_one_place_the_last_counts(launched, request):
+    """As to tied weights; of a launch nobody knows which copy is the last."""
+    launches = request.getfixturevalue("launches") if launched else []
+    target, other, sources = values(4, 6), values(2, 3), [values(4, 6), values(4, 6)]
+    copy_together([(target, sources[0]), (other, other + 1), (target, sources[1])])
+    assert torch.equal(target, sources[1])
+    assert launches == [2] * launched

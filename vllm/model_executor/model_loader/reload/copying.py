@@ -122,10 +122,7 @@ class Copies:
         waiting, self._waiting = self._waiting, defaultdict(dict)
         self._boxes.clear()
         # What came one by one may have come again, and the last counts.
-        ones = [
-            (layout, np.array([*sources]), np.array([*sources.values()]))
-            for layout, sources in waiting.items()
-        ]
+        ones = [_batch(layout, sources) for layout, sources in waiting.items()]
         # A default device, say, is a mode of its own, and costs more than a launch.
         with torch._C.DisableTorchFunction():
             for batches in filter(None, (runs, ones)):
@@ -168,13 +165,19 @@ def _is_one_run(target: torch.Tensor, source: torch.Tensor) -> bool:
 
 
 def _batches_of(pairs: Iterable[_Pair]) -> list[Batch]:
-    by_bytes: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    # Tied weights have one target, and a launch copies all at once.
+    by_bytes: defaultdict[int, dict[int, int]] = defaultdict(dict)
     for target, source in pairs:
-        by_bytes[target.nbytes].append((target.data_ptr(), source.data_ptr()))
+        by_bytes[target.nbytes][target.data_ptr()] = source.data_ptr()
     return [
-        (Strided(1, 1, n, 0, 0, 0, 0), *np.array(addresses).T)
-        for n, addresses in by_bytes.items()
+        _batch(Strided(1, 1, n, 0, 0, 0, 0), sources)
+        for n, sources in by_bytes.items()
     ]
+
+
+def _batch(layout: Strided, sources: Mapping[int, int]) -> Batch:
+    """Copies from each address to that by which it is found."""
+    return layout, np.array([*sources]), np.array([*sources.values()])
 
 
 def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
