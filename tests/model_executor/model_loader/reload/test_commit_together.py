@@ -107,9 +107,10 @@ def test_a_sync_that_failed_holds_nothing_until_it_is_closed(
     try:
         model.load_weights(new.items())
     except Exception as error:
-        while error is not None:
-            error.__traceback__ = None
-            error = error.__cause__
+        raised: BaseException | None = error
+        while raised is not None:  # or its frames hold what is staged
+            raised.__traceback__ = None
+            raised = raised.__cause__
     held = in_use(staged)
     abort_layerwise_reload(model, "test")
     assert len(staged) == 4
