@@ -99,7 +99,10 @@ def test_each_run_is_copied_as_it_is_aligned(target, source, run, aligned):
     assert strided_copy._alignment(table_3C).tolist() == [aligned, 16]
 
 
-def test_runs_of_any_size_are_copied_at_once():
+@pytest.mark.parametrize("most", [strided_copy._MAX_PROGRAMS, 1, 12])
+def test_runs_of_any_size_are_copied_at_once(most, monkeypatch):
+    """Also by fewer programs than the longest one has blocks."""
+    monkeypatch.setattr(strided_copy, "_MAX_PROGRAMS", most)
     sizes = [16, 48, 20, 1, LONG]
     reads = [place([n], [n], 0, torch.uint8, n) for n in sizes]
     writes = [place([n], [n], 0, torch.uint8, n + 1) for n in sizes]

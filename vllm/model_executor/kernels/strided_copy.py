@@ -29,6 +29,8 @@ _WORDS = {
 }
 _BYTES_OF_PROGRAM = 1 << 14
 _MAX_PROGRAMS_OF_COPY = 1 << 15
+# Of all copies together: beside a long one, most programs of a short one find nothing.
+_MAX_PROGRAMS = 1 << 17
 
 
 def copy_strided(batches: Sequence[Batch], device: torch.device) -> None:
@@ -77,7 +79,7 @@ def _copy_runs(table_3C: np.ndarray, device: torch.device) -> None:
         alike_3C[2] //= size
         copies, words = alike_3C.shape[1], int(alike_3C[2].max())
         block = _BYTES_OF_PROGRAM // size
-        programs = min(-(-words // block), _MAX_PROGRAMS_OF_COPY)
+        programs = _programs(words, block, copies)
         table = _on_device(alike_3C, device)
         with torch.cuda.device_of(table):
             _copy_runs_kernel[copies, programs](
@@ -95,11 +97,12 @@ def _copy_rows(layout: Strided, addresses_2C: np.ndarray, device: torch.device) 
     run = layout.row_bytes // size
     block = min(_BYTES_OF_PROGRAM // size, triton.next_power_of_2(run))
     words = layout.outer * layout.rows * run
-    programs = min(-(-words // block), _MAX_PROGRAMS_OF_COPY)
+    copies = table_2C.shape[1]
+    programs = _programs(words, block, copies)
     with torch.cuda.device_of(table_2C):
-        _copy_rows_kernel[table_2C.shape[1], programs](
+        _copy_rows_kernel[copies, programs](
             table_2C,
-            table_2C.shape[1],
+            copies,
             layout.rows,
             run,
             words,
@@ -108,6 +111,12 @@ def _copy_rows(layout: Strided, addresses_2C: np.ndarray, device: torch.device) 
             ALIGNED=aligned,
             BLOCK=block,
         )
+
+
+def _programs(words: int, block: int, copies: int) -> int:
+    """How many programs share each copy; they take more than a block if they must."""
+    most = min(_MAX_PROGRAMS_OF_COPY, _MAX_PROGRAMS // copies)
+    return max(1, min(-(-words // block), most))
 
 
 def _on_device(table: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -83,12 +83,11 @@ class Commit:
 @torch.no_grad()
 def apply_commits(commits: Sequence[Commit]) -> None:
     """Put processed layers into service."""
-    copy_together(
-        pair for commit in commits if commit.as_staged for pair in commit.copies
-    )
+    copy_together(pair for c in commits if c.as_staged for pair in c.copies)
     for commit in commits:
-        for live, new in () if commit.as_staged else commit.copies:
-            copy_values(live.data, new.data)
+        if not commit.as_staged:
+            for live, new in commit.copies:
+                copy_values(live.data, new.data)
         for assignment in commit.assignments:
             assignment.apply()
 
@@ -286,10 +285,10 @@ class _Pairing:
         self.commit.assignments.append(Assignment(apply, revert))
 
     def _copy(self, live: torch.Tensor, new: torch.Tensor, path: str) -> None:
-        if _form(live) != _form(new):
-            pairs = zip(("shape", "dtype", "device"), _form(live), _form(new))
-            what, serving, came = next(each for each in pairs if each[1] != each[2])
-            raise self._refuse(path, f"{what} {serving} serves, now {came}")
+        forms = zip(("shape", "dtype", "device"), _form(live), _form(new))
+        for what, serving, came in forms:
+            if serving != came:
+                raise self._refuse(path, f"{what} {serving} serves, now {came}")
         same = live.data_ptr() == new.data_ptr() and live.stride() == new.stride()
         if live.numel() and not same:
             self.commit.copies.append((live, new))

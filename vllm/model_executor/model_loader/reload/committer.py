@@ -127,12 +127,15 @@ class Committer:
             The commits of those that serve their tensors as they are staged.
 
         """
+        commits: dict[StagedLayer, Commit] = {}
+        serving: dict[int, torch.Tensor] = {}
+        known = () if self._reload.lost else layers
         with self._times.checking.on(*layers), torch._C.DisableTorchFunction():
-            known = () if self._reload.lost else layers
-            made = ((layer, commit_as_staged(layer)) for layer in known)
-            commits = {layer: commit for layer, commit in made if commit is not None}
-            copies = (copy for commit in commits.values() for copy in commit.copies)
-            serving = {id(new): live for live, new in copies}
+            for layer in known:
+                commit = commit_as_staged(layer)
+                if commit is not None:
+                    commits[layer] = commit
+                    serving |= {id(new): live for live, new in commit.copies}
             close([tensor for layer in layers for tensor in layer.tensors], serving)
         return commits
 
@@ -252,8 +255,7 @@ class Committer:
         """
         with torch._C.DisableTorchFunction():
             for commit in commits:
-                pairs = list(zip(commit.targets, commit.copies))
-                for place, (_, new) in pairs:
+                for place, (_, new) in zip(commit.targets, commit.copies):
                     other = self._claimed.get(place)
                     if other is not None and not same_bytes(other, new):
                         raise WeightSyncError(
@@ -261,7 +263,11 @@ class Committer:
                             "those of the layer whose memory it shares; load the "
                             "checkpoint anew"
                         )
-                self._claimed.update((place, new) for place, (_, new) in pairs)
+                self._claim(commit, (new for _, new in commit.copies))
+
+    def _claim(self, commit: Commit, values: Iterable[torch.Tensor]) -> None:
+        """Note what is to serve from the memory that a commit copies to."""
+        self._claimed.update(zip(commit.targets, values))
 
     def _apply(self, commits: Mapping[StagedLayer, Commit]) -> None:
         """Let layers serve what their commits bring."""
@@ -277,8 +283,7 @@ class Committer:
             apply_commits([*commits.values()])
         for layer, commit in commits.items():
             # What was applied is in the live tensor, and not kept twice.
-            live = (live for live, _ in commit.copies)
-            self._claimed.update(zip(commit.targets, live))
+            self._claim(commit, (live for live, _ in commit.copies))
             self._times.note_committed(layer.name)
             self.drop(layer)
 

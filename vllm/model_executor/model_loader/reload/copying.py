@@ -170,8 +170,7 @@ def _batches_of(pairs: Iterable[_Pair]) -> list[Batch]:
     for target, source in pairs:
         by_bytes[target.nbytes][target.data_ptr()] = source.data_ptr()
     return [
-        _batch(Strided(1, 1, n, 0, 0, 0, 0), sources)
-        for n, sources in by_bytes.items()
+        _batch(Strided(1, 1, n, 0, 0, 0, 0), sources) for n, sources in by_bytes.items()
     ]
 
 

@@ -186,11 +186,11 @@ def finish_recording(model: torch.nn.Module) -> bool:
         Whether anything was loaded.
 
     """
-    loaded = False
     root = get_layerwise_info(model)
     # One that was never noted may be around a model that was.
     if root.pristine is not None and not root.recording:
-        return loaded
+        return False
+    loaded = False
     for layer in model.modules():
         _unwatch(layer)
         info = get_layerwise_info(layer)

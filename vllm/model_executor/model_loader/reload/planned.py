@@ -196,7 +196,8 @@ class PlannedCopies:
         staged = self._tensors[kind.tensor]
         if staged.closed:
             return False
-        memory = staged.materialize(filling=part.numel == staged.meta.numel())
+        is_all = part.numel == staged.meta.numel()
+        memory = staged.materialize(uninitialized=is_all)
         # All tensors of a run are on one device.
         if weights[0][1].get_device() != memory.get_device():
             return False

@@ -79,18 +79,18 @@ class StagedTensor:
     planned: bool = False
     used: bool = False
 
-    def materialize(self, filling: bool = False) -> torch.Tensor:
+    def materialize(self, uninitialized: bool = False) -> torch.Tensor:
         """Its memory; allocated, and set to the create-time value, on first use.
 
         Args:
-            filling: whether all of it is about to be written, so that any value does.
+            uninitialized: whether any value does, as all of it is about to be written.
 
         """
         if self.memory is None:
             self.since, self.until = perf_counter(), None
             self.memory = memory = self._allocate()
             prefer_huge_pages(memory)
-            if filling:
+            if uninitialized:
                 return memory
             if self.initial is not None:
                 memory.copy_(self.initial, non_blocking=True)
@@ -225,7 +225,9 @@ class StagedLoader:
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the original, such as its name, for those who ask."""
-        return getattr(vars(self).get("original"), name)
+        if name == "original":  # asked by `copy`, of an object without attributes
+            raise AttributeError(name)
+        return getattr(self.original, name)
 
     @property
     def __wrapped__(self) -> Callable:

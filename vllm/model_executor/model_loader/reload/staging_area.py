@@ -85,11 +85,11 @@ class _StagingArea:
         self,
         staged: StagedLayer,
         name: str,
-        created: torch.Tensor,
+        captured: torch.Tensor,
         is_parameter: bool,
     ) -> StagedTensor:
         info = staged.info
-        meta = restore_layer_refs(like(created.data, created), staged.layer)
+        meta = restore_layer_refs(like(captured.data, captured), staged.layer)
         first_load = info.first_load.get(name)
         if first_load is None:
             first_load = info.first_load[name] = FirstLoad()
