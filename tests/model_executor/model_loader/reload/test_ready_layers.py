@@ -7,17 +7,16 @@ import torch
 from vllm.model_executor.model_loader.reload.ledger import Ledger
 from vllm.model_executor.model_loader.reload.ready_layers import ReadyLayers
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
-from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.staging import StagedLayer, StagedTensor
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 
 def layer(name: str, nbytes: int) -> StagedLayer:
     meta = torch.empty(nbytes, dtype=torch.uint8, device="meta")
     rest = torch.device("cpu"), FirstLoad(), Ledger([])
     tensor = StagedTensor(name, "weight", meta, *rest)
-    module = torch.nn.Module()
-    parts = get_layerwise_info(module), {"weight": tensor}, {}, [tensor]
-    return StagedLayer(name, module, *parts)
+    info = LayerReloadingInfo(({}, {}), torch.device("cpu"))
+    return StagedLayer(name, torch.nn.Module(), info, {"weight": tensor}, {}, [tensor])
 
 
 def test_small_layers_wait_for_a_share_of_the_largest():

@@ -13,7 +13,6 @@ from vllm.model_executor.model_loader.reload.checks import is_castable
 from vllm.model_executor.model_loader.reload.errors import WeightSyncError
 from vllm.model_executor.model_loader.reload.ledger import Box, Ledger
 from vllm.model_executor.model_loader.reload.recording import FirstLoad
-from vllm.model_executor.model_loader.reload.registry import get_layerwise_info
 from vllm.model_executor.model_loader.reload.staging import (
     StagedLayer,
     StagedLoader,
@@ -21,6 +20,7 @@ from vllm.model_executor.model_loader.reload.staging import (
     StagingMode,
     close,
 )
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 
 
 def staged(shape=(4, 6), dtype=torch.float32, initial=None) -> StagedTensor:
@@ -31,9 +31,9 @@ def staged(shape=(4, 6), dtype=torch.float32, initial=None) -> StagedTensor:
 
 
 def staged_layer(tensor: StagedTensor) -> StagedLayer:
-    layer = torch.nn.Module()
-    info = get_layerwise_info(layer)
-    return StagedLayer("layer", layer, info, {"weight": tensor}, {}, [tensor])
+    info = LayerReloadingInfo(({}, {}), torch.device("cpu"))
+    parts = {"weight": tensor}, {}, [tensor]
+    return StagedLayer("layer", torch.nn.Module(), info, *parts)
 
 
 def test_a_tensor_without_memory_is_named():
