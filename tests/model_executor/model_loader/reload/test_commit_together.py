@@ -130,7 +130,7 @@ class Doubling(QuantizeMethodBase):
 
 def test_what_serves_as_staged_makes_place_for_what_is_processed(staged, monkeypatch):
     monkeypatch.setenv("VLLM_RELOAD_COMMIT", "layer")
-    model: Any = Model(a=Layer(8), b=Layer(8), c=Layer(8), large=Layer(64, 64))
+    model: Any = group()
     model.large.quant_method = Doubling()
     new = load(model)
     model.large.quant_method.process_weights_after_loading(model.large)
